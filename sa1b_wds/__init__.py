@@ -1,0 +1,1 @@
+"""SA-1B as training-ready WebDataset shards: a one-pass converter and an exact streaming loader."""
