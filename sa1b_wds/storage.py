@@ -1,0 +1,414 @@
+"""URLs → bytes, and bytes → destinations; foreign errors become this project's here and nowhere else.
+
+Reading: `open_raw`, `size_of`, `expand`. Writing: a `Destination`, below which every file is made in an `Attempt`: a
+folder of its own under `.state/attempts/`, locked while its process lives. Files are written there, synced, and
+renamed into place only when the whole task has succeeded; whatever a killed process left is swept by the next one
+that works on the same task, because nobody holds its lock.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import unquote, urlsplit
+
+import braceexpand
+
+from .errors import Denied, NoSpace, NotFound, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Buffer
+
+STATE = ".state"
+
+
+class Raw(Protocol):
+    """An open source: bytes from the start to the end, once."""
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill some of `buffer`; the number of bytes, 0 only at the end."""
+
+    def close(self) -> None: ...
+
+
+def translated(error: OSError, where: str) -> StorageError:
+    """The error of this project that says what an OSError means."""
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return NotFound(where, "no such file or folder")
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return Denied(where, f"{os.strerror(error.errno).lower()}: check the owner and the mode of the folder")
+        case errno.ENOSPC | errno.EDQUOT:
+            return NoSpace(where, "no space left: free some and run the same command again")
+    return StorageError(where, os.strerror(error.errno).lower() if error.errno else str(error))
+
+
+@contextlib.contextmanager
+def translating(where: str) -> Iterator[None]:
+    """Everything below raises this project's errors instead of OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise translated(error, where) from error
+
+
+def local_path(url: str) -> Path:
+    """The path that a URL names on this machine."""
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
+    if "://" in url or url.startswith("pipe:"):
+        raise UsageError(url.split(":")[0] + ":", "not a kind of URL that this release opens", "a path or file://")
+    return Path(url)
+
+
+def name_of(url: str) -> str:
+    """The last part of a path or URL: what a plan knows a source by."""
+    return local_path(url).name
+
+
+def expand(urls: Iterable[str]) -> list[str]:
+    """Braces (`{000000..000999}`) expanded, and a folder replaced by the tars in it, sorted."""
+    out: list[str] = []
+    for url in urls:
+        for one in braceexpand.braceexpand(url):
+            path = local_path(one)
+            if path.is_dir():
+                with translating(one):
+                    found = sorted(str(p) for p in path.iterdir() if p.suffix == ".tar")
+                if not found:
+                    raise NotFound(one, "no *.tar in this folder")
+                out += found
+            else:
+                out.append(one)
+    return out
+
+
+def size_of(url: str) -> int:
+    """Bytes of a source."""
+    with translating(url):
+        status = local_path(url).stat()
+    return status.st_size
+
+
+def open_raw(url: str) -> Raw:
+    """A source, opened for one sequential pass."""
+    path = local_path(url)
+    with translating(url):
+        return _LocalRaw(os.open(path, os.O_RDONLY), url)
+
+
+class _LocalRaw:
+    def __init__(self, descriptor: int, where: str) -> None:
+        self._descriptor, self._where = descriptor, where
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        try:
+            return os.readv(self._descriptor, [buffer])
+        except OSError as error:
+            raise translated(error, self._where) from error
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may still be written below `folder`."""
+    with translating(str(folder)):
+        return shutil.disk_usage(folder).free
+
+
+def is_memory(folder: Path) -> bool:
+    """Whether a folder lies on tmpfs, where spilled bytes would be memory again."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    path = str(folder.resolve()) + "/"
+    at = [(m, kind) for m, kind in mounts if path.startswith(m.rstrip("/") + "/")]
+    return bool(at) and max(at, key=lambda x: len(x[0]))[1] in ("tmpfs", "ramfs")
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Destination:
+    """The folder that a data set is written to, and everything in it by relative name."""
+
+    def __init__(self, url: str) -> None:
+        self.where = url
+        self.root = local_path(url)
+
+    def __reduce__(self) -> tuple[type["Destination"], tuple[str]]:
+        return Destination, (self.where,)
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def place(self, name: str) -> str:
+        """A name as messages show it."""
+        return f"{self.where.rstrip('/')}/{name}"
+
+    def exists(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def size(self, name: str) -> int:
+        with translating(self.place(name)):
+            return self.path(name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        with translating(self.place(name)):
+            return self.path(name).read_bytes()
+
+    def names(self, folder: str = "") -> list[str]:
+        """Relative names of all files below a folder, sorted; hidden ones included."""
+        with translating(self.place(folder)):
+            found = [p for p in self.path(folder).rglob("*") if not p.is_dir()]
+        return sorted(str(p.relative_to(self.root)) for p in found)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small file whole: a reader sees the old one or the new one."""
+        self._put(name, data, replace=True)
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write a small file if there is none of that name; False if there was one."""
+        return self._put(name, data, replace=False)
+
+    def _put(self, name: str, data: bytes, *, replace: bool) -> bool:
+        path = self.path(name)
+        temporary = self.root / STATE / f"put-{secrets.token_hex(8)}"
+        with translating(self.place(name)):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if replace:
+                    temporary.rename(path)
+                else:
+                    try:
+                        os.link(temporary, path)
+                    except FileExistsError:
+                        return False
+                _sync_folder(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return True
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder, if it is there."""
+        path = self.path(name)
+        with translating(self.place(name)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def attempt(self, label: str) -> "Attempt":
+        """A new attempt at the piece of work called `label`; sweeps what dead ones left."""
+        return Attempt(self, label)
+
+    def sweep(self, label: str = "") -> None:
+        """Remove the attempts whose process is dead."""
+        attempts = self.root / STATE / "attempts"
+        with translating(self.place(STATE)):
+            for lock in sorted(attempts.glob(f"{label}*.lock")):
+                _remove_if_dead(lock)
+
+
+def _lock(path: Path) -> int:
+    """A descriptor that holds the lock file `path`, made now."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # A sweep may have taken and removed it between these two calls: then the name is gone, or another file's.
+        try:
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _remove_if_dead(lock: Path) -> None:
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return  # alive
+    else:
+        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+class Attempt:
+    """Files of one piece of work, invisible until `publish`; a context manager that leaves nothing behind."""
+
+    def __init__(self, destination: Destination, label: str) -> None:
+        self.destination = destination
+        self._names: list[str] = []
+        self._folder = destination.root / STATE / "attempts" / f"{label}-{secrets.token_hex(8)}"
+        destination.sweep(f"{label}-")
+        with translating(destination.where):
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self._folder.with_suffix(".lock"))
+            self._folder.mkdir()
+
+    def create(self, name: str) -> "FileWriter":
+        """A new file that will be called `name`."""
+        self._names.append(name)
+        return FileWriter(self._folder / name.replace("/", "%"), self.destination.place(name))
+
+    def put(self, name: str, data: "Buffer") -> None:
+        """A new file of these bytes that will be called `name`."""
+        writer = self.create(name)
+        try:
+            writer.write([data])
+            writer.finish()
+        finally:
+            writer.close()
+
+    def publish(self) -> None:
+        """Move every file to its place; each must be finished."""
+        root = self.destination.root
+        with translating(self.destination.where):
+            folders = {(root / name).parent for name in self._names}
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            for name in self._names:
+                (self._folder / name.replace("/", "%")).rename(root / name)
+            for folder in sorted(folders):
+                _sync_folder(folder)
+        self._names.clear()
+
+    def __enter__(self) -> "Attempt":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
+    ) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.with_suffix(".lock").unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+class FileWriter:
+    """A file being written."""
+
+    def __init__(self, path: Path, where: str) -> None:
+        self._path, self.where = path, where
+        with translating(where):
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def write(self, pieces: Sequence["Buffer"]) -> None:
+        """Append the pieces, all of their bytes."""
+        try:
+            written = os.writev(self._descriptor, pieces)
+            total = sum(memoryview(p).nbytes for p in pieces)
+            if written != total:  # a signal, or a disk that is nearly full
+                rest = memoryview(b"".join(pieces))[written:]
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as error:
+            raise translated(error, self.where) from error
+
+    def finish(self) -> None:
+        """Everything written is on the disk when this returns."""
+        with translating(self.where):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class Scratch:
+    """An unlinked file on the node's own disk, in slots that are used again: it vanishes with its process."""
+
+    _GRAIN = 1 << 16
+
+    def __init__(self, folder: Path) -> None:
+        self._where, self._folder = str(folder), folder
+        self._descriptor = -1
+        self._end = 0
+        self._free: dict[int, list[int]] = {}
+        self.bytes_written = 0
+
+    def write(self, data: "Buffer") -> tuple[int, int]:
+        """Put bytes away; the (place, length) that `read` takes."""
+        view = memoryview(data).cast("B")
+        if self._descriptor < 0:
+            self._open()
+        grains = self._grains(len(view))
+        slots = self._free.get(grains)
+        place = slots.pop() if slots else self._end
+        if place == self._end:
+            self._end += grains * self._GRAIN
+        done = 0
+        with translating(f"scratch {self._where}"):
+            while done < len(view):
+                done += os.pwrite(self._descriptor, view[done:], place + done)
+        self.bytes_written += len(view)
+        return place, len(view)
+
+    def read(self, slot: tuple[int, int], into: memoryview) -> None:
+        """Get them again; `into` must have their length. May be called from another thread than `write`."""
+        place, length = slot
+        done = 0
+        with translating(f"scratch {self._where}"):
+            while done < length:
+                got = os.preadv(self._descriptor, [into[done:length]], place + done)
+                if not got:
+                    raise StorageError(f"scratch {self._where}", "bytes are missing", length, done)
+                done += got
+
+    def give_back(self, slot: tuple[int, int]) -> None:
+        place, length = slot
+        self._free.setdefault(self._grains(length), []).append(place)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _grains(self, length: int) -> int:
+        # Size classes an eighth apart, so that a slot fits the next sample of about that size too.
+        grains = max(1, -(-length // self._GRAIN))
+        step = max(1, 1 << max(0, grains.bit_length() - 4))
+        return -(-grains // step) * step
+
+    def _open(self) -> None:
+        with translating(f"scratch {self._where}"):
+            with contextlib.suppress(OSError, AttributeError):  # not every file system has files without a name
+                self._descriptor = os.open(self._folder, os.O_RDWR | os.O_TMPFILE, 0o600)
+                return
+            path = self._folder / f".sa1b-wds-{secrets.token_hex(8)}"
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            path.unlink()
