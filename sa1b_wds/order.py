@@ -16,8 +16,7 @@ Workers   P DataLoader workers: worker p makes the batches t ≡ p (mod P), t co
 Cost      O(shards + lanes) to start: 1 to 8 ms for 11 million samples, 10,500 shards and up to 4,096 ranks.
           O(legs · log lanes) a sample; a block is `block` numbers.
 
-Permutations are argsorts of a hash written down here. Its values, and everything above, are part of the format of a
-state: a change of either is a new format.
+The permutations' values, and everything above, are part of the format of a state: a change of either is a new format.
 """
 
 from collections.abc import Sequence
@@ -28,34 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import UsageError
+from .permutation import permutation
 
 I64 = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
-
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def mix64(z: U64) -> U64:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014) on uint64 arrays, which wrap."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def hash64(*key: int) -> U64:
-    """One uint64 (shape (1,)) of a few integers, taken modulo 2^64."""
-    h = np.zeros(1, np.uint64)
-    for k in key:
-        h = mix64((h ^ np.uint64(k & 0xFFFF_FFFF_FFFF_FFFF)) + GOLDEN)
-    return h
-
-
-def permutation(n: int, *key: int) -> I64:
-    """0 … n-1 sorted by a hash of `key`.
-
-    Not numpy's generators: their streams may change with a release, and a state must not.
-    """
-    return np.argsort(mix64(hash64(*key) + np.arange(1, n + 1, dtype=np.uint64) * GOLDEN), kind="stable")
 
 
 @dataclass(frozen=True)

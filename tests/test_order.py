@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sa1b_wds.errors import UsageError
-from sa1b_wds.order import Leg, Order, go_on, hash64, permutation
+from sa1b_wds.order import Leg, Order, go_on
+from sa1b_wds.permutation import permutation
 
 Key = tuple[int, int]
 
@@ -35,7 +36,6 @@ GOLDEN_BATCH = [
         10870244,
     ],
 ]
-GOLDEN_HASH = [16294208416658607535, 15020427595393229491, 9724714553024891474, 16490336266968443936]
 
 
 def samples(order: Order, t: int, rank: int) -> list[Key]:
@@ -226,10 +226,6 @@ def test_golden_of_the_defaults() -> None:
     assert order.batch(21_839, 17).position.tolist() == GOLDEN_BATCH[1]
     elastic = Order([1065] * 10_500, 12345, 3, [Leg(64, 8, 32, 32, 1, 9_000), Leg(48, 16, 32, 32, 2, 77)])
     assert elastic.batch(77, 5).position.tolist() == GOLDEN_BATCH[2]
-
-
-def test_golden_hash() -> None:
-    assert [int(hash64(*key)[0]) for key in [(0,), (1, 2, 3), (2**63, 7), (-1,)]] == GOLDEN_HASH
 
 
 def test_same_products_go_on_at_the_next_sample() -> None:
