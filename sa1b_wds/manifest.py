@@ -1,0 +1,191 @@
+"""The facts of a converted data set: a receipt for each task, and the manifest that `finalize` makes of them.
+
+Both hold deterministic facts only (no times, hosts or paths), so the same sources and plan give the same bytes. The
+manifest's last field is the SHA-256 of its own bytes with that field as 64 zeros; together with the digests it lists,
+no byte below the destination can change unnoticed.
+"""
+
+import hashlib
+from typing import TypeVar
+
+import msgspec
+
+from .annotations import FORMAT
+from .errors import FormatError
+
+RECEIPT_FORMAT = "sa1b-wds-receipt/1"
+MANIFEST_NAME = "manifest.json"
+PLAN_NAME = "plan.json"
+KEYS_NAME = "index/keys.bin"
+
+
+def receipt_name(task: int) -> str:
+    return f"receipts/task-{task:06d}.json"
+
+
+def quarantine_stem(task: int) -> str:
+    return f"quarantine/task-{task:06d}"
+
+
+class FileFact(msgspec.Struct, frozen=True, kw_only=True):
+    """A file beside the shards, and what it must be."""
+
+    name: str
+    """Relative to the destination."""
+    bytes: int
+    sha256: str
+
+
+class ShardFact(msgspec.Struct, frozen=True, kw_only=True):
+    """A shard, and what it must be."""
+
+    name: str
+    bytes: int
+    samples: int
+    annotations: int
+    area_mismatches: int
+    """Annotations whose stated area is not that of their RLE; they are kept as the source has them."""
+    stored_sources: int
+    """Samples that carry their document beside the columns."""
+    sha256: str
+    files: list[FileFact]
+    """Its side files."""
+
+
+class SkippedFact(msgspec.Struct, frozen=True, kw_only=True):
+    """A stretch of a damaged source that salvage passed over."""
+
+    byte: int
+    """Of the tar, inflated."""
+    bytes: int
+    reason: str
+
+
+class SourceFact(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a source: members = 2 · samples + quarantined + all ignored."""
+
+    name: str
+    members: int
+    samples: int
+    quarantined: int
+    ignored: dict[str, int]
+    """How many of each kind: `directory`, or a suffix."""
+    skipped: list[SkippedFact]
+    greatest_distance: int
+    """Members from the first of a pair to the second, at most."""
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """A task is done when this exists."""
+
+    format: str
+    plan: str
+    """SHA-256 of plan.json."""
+    task: int
+    on_damage: str
+    sources: list[SourceFact]
+    shards: list[ShardFact]
+    quarantine: list[FileFact]
+
+    def to_bytes(self) -> bytes:
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+
+
+class Totals(msgspec.Struct, frozen=True, kw_only=True):
+    """Sums over the data set."""
+
+    shards: int
+    samples: int
+    annotations: int
+    bytes: int
+    """Of the shards."""
+    members: int
+    """Seen in the sources."""
+    quarantined: int
+    ignored: int
+    skipped_bytes: int
+    area_mismatches: int
+    stored_sources: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The only truth about a data set."""
+
+    format: str
+    plan: str
+    """SHA-256 of plan.json."""
+    totals: Totals
+    missing_tasks: list[int]
+    """Only where it was published with `--partial`."""
+    sources: list[SourceFact | None]
+    """In the plan's order, which is what a row's `source` counts in; null for those of missing tasks."""
+    shards: list[ShardFact]
+    files: list[FileFact]
+    """Every other file below the destination."""
+    digest: str
+    """SHA-256 of the manifest's bytes with this as 64 zeros."""
+
+    def to_bytes(self) -> bytes:
+        """The manifest as it is written, its digest filled in."""
+        blank = msgspec.structs.replace(self, digest=_BLANK)
+        text = msgspec.json.format(msgspec.json.encode(blank), indent=1) + b"\n"
+        return _with_digest(text, hashlib.sha256(text).hexdigest())
+
+
+_BLANK = "0" * 64
+
+
+def _with_digest(text: bytes, digest: str) -> bytes:
+    head, mark, tail = text.rpartition(b'"digest": "')
+    return head + mark + digest.encode() + tail[64:]
+
+
+def totals(sources: list[SourceFact], shards: list[ShardFact]) -> Totals:
+    return Totals(
+        shards=len(shards),
+        samples=sum(s.samples for s in shards),
+        annotations=sum(s.annotations for s in shards),
+        bytes=sum(s.bytes for s in shards),
+        members=sum(s.members for s in sources),
+        quarantined=sum(s.quarantined for s in sources),
+        ignored=sum(sum(s.ignored.values()) for s in sources),
+        skipped_bytes=sum(k.bytes for s in sources for k in s.skipped),
+        area_mismatches=sum(s.area_mismatches for s in shards),
+        stored_sources=sum(s.stored_sources for s in shards),
+    )
+
+
+T = TypeVar("T")
+
+
+def _decode(data: bytes, kind: type[T], where: str) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FormatError(where, f"not a {kind.__name__.lower()} of this project: {error}") from None
+
+
+def load_receipt(data: bytes, where: str) -> Receipt:
+    """Raises: FormatError."""
+    receipt = _decode(data, Receipt, where)
+    if receipt.format != RECEIPT_FORMAT:
+        raise FormatError(where, "a receipt this release does not know", RECEIPT_FORMAT, receipt.format)
+    return receipt
+
+
+def load_manifest(data: bytes, where: str) -> Manifest:
+    """A manifest from its bytes, its digest checked and its names safe to join to a folder.
+
+    Raises:
+        FormatError: not a manifest, a version this release does not know, changed, or with a name that leads out.
+    """
+    manifest = _decode(data, Manifest, where)
+    if manifest.format != FORMAT:
+        raise FormatError(where, "a format this release does not know", FORMAT, manifest.format)
+    found = hashlib.sha256(_with_digest(data, _BLANK)).hexdigest()
+    if found != manifest.digest or _with_digest(data, manifest.digest) != data:
+        raise FormatError(where, "its bytes have changed (digest)", manifest.digest, found)
+    for fact in (*manifest.shards, *(f for s in manifest.shards for f in s.files), *manifest.files):
+        if fact.name.startswith("/") or ".." in fact.name.split("/") or ":" in fact.name or "\\" in fact.name:
+            raise FormatError(where, "a name that leads out of the data set", found=repr(fact.name))
+    return manifest

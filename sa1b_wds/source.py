@@ -1,0 +1,413 @@
+"""Members → samples: what a source tar holds, paired by key, with everything that is no sample accounted for.
+
+Members come in any order. A json is packed as soon as it arrives and waits for its jpg, or the jpg waits for its json,
+in a table with a byte budget; beyond it they wait in an unlinked scratch file. A sample's place is where its second
+member stands. Members: seen = 2 · samples + quarantined + ignored, always.
+"""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from . import images, tar
+from .ahead import Ahead
+from .annotations import MEMBER_LIMIT, Packed, Packer, restore, unpack
+from .buffers import Buffer, Pool
+from .errors import SampleRejected
+from .inflate import open_bytes
+from .storage import Raw, Scratch
+
+OnDamage = Literal["fail", "salvage"]
+
+_KEY = re.compile(r"sa_(?:0|[1-9][0-9]{0,18})", re.ASCII)
+_LARGEST_ID = (1 << 63) - 1
+_NOTHING = memoryview(b"")
+
+
+class Held:
+    """Bytes that wait: in memory, or in the scratch file."""
+
+    __slots__ = ("_data", "_slot", "_table", "length")
+
+    def __init__(self, table: "Table", data: Buffer | memoryview) -> None:
+        self._table, self._data = table, data
+        self._slot: tuple[int, int] | None = None
+        self.length = data.length if isinstance(data, Buffer) else data.nbytes
+
+    def spill(self) -> None:
+        """Move the bytes to the scratch file, if they are in memory."""
+        if self._slot is None and self._data is not None:
+            data = self._data
+            self._slot = self._table.scratch.write(data.view if isinstance(data, Buffer) else data)
+            self._table.let_go(data)
+            self._data = None
+
+    def load(self) -> memoryview:
+        """The bytes, in memory; good until `release`. May be called in another thread than `spill`."""
+        if self._slot is not None:
+            buffer = self._table.pool.take(self.length)
+            self._table.scratch.read(self._slot, buffer.view)
+            self._table.scratch.give_back(self._slot)
+            self._data, self._slot = buffer, None
+        data = self._data
+        assert data is not None, "loaded after release"
+        return data.view if isinstance(data, Buffer) else data
+
+    def release(self) -> None:
+        """The bytes are no longer needed."""
+        if self._slot is not None:
+            self._table.scratch.give_back(self._slot)
+        elif self._data is not None:
+            self._table.let_go(self._data)
+        self._data = self._slot = None
+
+
+class Table:
+    """Where bytes wait, in memory up to a budget that all sources of a task share."""
+
+    def __init__(self, pool: Pool, budget: int, scratch: Scratch) -> None:
+        self.pool, self.scratch = pool, scratch
+        self._budget = budget
+        self._small = 0
+
+    def hold(self, data: Buffer | memoryview) -> Held:
+        held = Held(self, data)
+        if not isinstance(data, Buffer):
+            self._small += data.nbytes
+        if self.full:
+            held.spill()
+        return held
+
+    @property
+    def full(self) -> bool:
+        return self.pool.outstanding + self._small > self._budget
+
+    def let_go(self, data: Buffer | memoryview) -> None:
+        if isinstance(data, Buffer):
+            self.pool.give(data)
+        else:
+            self._small -= data.nbytes
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """A jpg and its packed annotations, ready to be written."""
+
+    key: str
+    image_id: int
+    source: int
+    """Number of the source in the plan."""
+    jpg_ordinal: int
+    """Which member of its source the jpg was, from 0."""
+    json_ordinal: int
+    jpg: Held
+    """A block for the tar header, the jpg, and zeros up to a whole block."""
+    jpg_size: int
+    packed: Held
+    annotations: int
+    area_mismatches: int
+    stored_source: bool
+
+    @property
+    def span(self) -> int:
+        """Bytes in the shard: two headers, two members, padding."""
+        return self.jpg.length + tar.BLOCK + self.packed.length + tar.padding(self.packed.length)
+
+    def release(self) -> None:
+        self.jpg.release()
+        self.packed.release()
+
+
+@dataclass(kw_only=True)
+class Account:
+    """What became of the members of one source."""
+
+    name: str
+    members: int = 0
+    samples: int = 0
+    quarantined: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    """How many of each kind: `directory`, or a suffix."""
+    skipped: list[tuple[int, int, str]] = field(default_factory=list)
+    """Salvage only: (byte of the tar, bytes, reason) of each stretch that was passed over."""
+    greatest_distance: int = 0
+    """Members from the first of a pair to the second, at most."""
+
+    def balances(self) -> bool:
+        return self.members == 2 * self.samples + self.quarantined + sum(self.ignored.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejected:
+    """A member that goes to quarantine."""
+
+    source: str
+    name: str
+    """As the source had it."""
+    offset: int
+    """Byte of its header in the source tar (inflated)."""
+    key: str
+    reason: str
+    data: bytes | None
+    """None: it has no data, or more than a member may have."""
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    entry: tar.Entry
+    kind: Literal["jpg", "json", "ignored", "rejected"]
+    key: str
+    """Or the reason, where it is ignored or rejected."""
+    buffer: Buffer | None
+
+
+def _classify(entry: tar.Entry) -> tuple[Literal["jpg", "json", "ignored", "rejected"], str]:
+    if entry.kind == "directory":
+        return "ignored", "directory"
+    if entry.kind != "file":
+        return "rejected", f"a {entry.kind} entry, not a file"
+    *folders, base = entry.name.split("/")
+    stem, dot, suffix = base.partition(".")
+    if suffix not in ("jpg", "json"):
+        return "ignored", (dot + suffix)[:40] or "no suffix"
+    if entry.name.startswith("/") or ".." in folders:
+        return "rejected", "a name that leads out of its folder"
+    if not _KEY.fullmatch(stem) or int(stem[3:]) > _LARGEST_ID:
+        return "rejected", "its key is not sa_<id>"
+    if entry.size > MEMBER_LIMIT:
+        return "rejected", f"too large: {entry.size:,} bytes, at most {MEMBER_LIMIT:,}"
+    return ("jpg", stem) if suffix == "jpg" else ("json", stem)
+
+
+def _members(raw: Raw, where: str, pool: Pool, on_damage: OnDamage, skipped: list[tar.Skipped]) -> Generator[_Member]:
+    """Every member of a source in its order, with its bytes in a buffer; runs in the reading thread."""
+    pending: _Member | None = None
+
+    def allocate(entry: tar.Entry) -> memoryview | None:
+        nonlocal pending
+        if pending is not None and pending.buffer is not None:
+            pool.give(pending.buffer)  # salvage gave that member up
+        kind, key = _classify(entry)
+        pending = _Member(entry, kind, key, None)
+        if kind == "ignored" or entry.kind != "file" or entry.size > MEMBER_LIMIT:
+            return None
+        # The jpg is read to its place in the sample: a block of room in front for its header, zeros behind.
+        front = tar.BLOCK if kind == "jpg" else 0
+        pending.buffer = pool.take(front + entry.size + (tar.padding(entry.size) if front else 0))
+        return pending.buffer.view[front : front + entry.size]
+
+    try:
+        stream = open_bytes(raw, where, on_damage=on_damage)
+        reader = tar.Reader(stream, allocate=allocate, on_damage=on_damage)
+        for entry, _ in reader:
+            member, pending = pending, None
+            if member is None or member.entry is not entry:
+                kind, key = _classify(entry)
+                member = _Member(entry, kind, key, None)
+            yield member
+        skipped += reader.skipped
+    finally:
+        if pending is not None and pending.buffer is not None:
+            pool.give(pending.buffer)
+        raw.close()
+
+
+class SourceReader:
+    """The samples of one source, in order; iterate once. A context manager: its thread ends with it."""
+
+    def __init__(
+        self,
+        *,
+        number: int,
+        name: str,
+        raw: Raw,
+        where: str,
+        table: Table,
+        packer: Packer,
+        reject: Callable[[Rejected], None],
+        on_damage: OnDamage,
+    ) -> None:
+        self.account = Account(name=name)
+        self._number, self._table, self._packer, self._reject = number, table, packer, reject
+        self._skipped: list[tar.Skipped] = []
+        self._pool = table.pool
+        self._ahead = Ahead(
+            _members(raw, where, self._pool, on_damage, self._skipped),
+            name=f"read {name}",
+            weigh=lambda m: m.buffer.room if m.buffer else 0,
+            discard=self._discard,
+        )
+
+    def _discard(self, member: _Member) -> None:
+        if member.buffer is not None:
+            self._pool.give(member.buffer)
+
+    def __enter__(self) -> "SourceReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ahead.close()
+
+    def __iter__(self) -> Iterator[Sample]:
+        account = self.account
+        waiting: dict[str, _Half] = {}
+        seen: set[tuple[str, str]] = set()
+        for member in self._ahead:
+            account.members += 1
+            if member.kind == "ignored":
+                account.ignored[member.key] += 1
+                continue
+            if member.kind == "rejected":
+                self._quarantine(member, member.entry.name, member.key)
+                continue
+            key = member.key
+            if (key, member.kind) in seen:
+                self._quarantine(member, key, f"a second {key}.{member.kind} in the same source")
+                continue
+            seen.add((key, member.kind))
+            half = self._half(member)
+            other = waiting.pop(key, None)
+            if other is None:
+                half.hold(self._table)
+                waiting[key] = half
+                continue
+            jpg, json = (half, other) if member.kind == "jpg" else (other, half)
+            reason = jpg.reason or json.reason or _disagreement(jpg, json)
+            if reason is not None:
+                self._give_up(jpg, key, reason)
+                self._give_up(json, key, reason)
+                continue
+            half.hold(self._table)
+            account.samples += 1
+            distance = abs(jpg.entry.ordinal - json.entry.ordinal)
+            account.greatest_distance = max(account.greatest_distance, distance)
+            yield _sample(self._number, key, jpg, json)
+        for key, half in waiting.items():
+            missing = "json" if half.kind == "jpg" else "jpg"
+            self._give_up(half, key, half.reason or f"no {key}.{missing} in the same source")
+        account.skipped += [(s.offset, s.bytes, s.reason) for s in self._skipped]
+
+    def _half(self, member: _Member) -> "_Half":
+        buffer = member.buffer
+        assert buffer is not None
+        half = _Half(member.entry, member.kind, member.key, buffer)
+        try:
+            if member.kind == "jpg":
+                half.jpeg = images.header(buffer.view[tar.BLOCK : tar.BLOCK + member.entry.size], f"{member.key}.jpg")
+            else:
+                packed = self._packer.pack(buffer.view, member.key)
+                half.held = self._table.hold(packed.member)
+                half.packed = replace(packed, member=_NOTHING)  # or it would stay in memory when it is spilled
+                self._pool.give(buffer)
+                half.buffer = None
+        except SampleRejected as error:
+            half.reason = str(error)
+        return half
+
+    def _quarantine(self, member: _Member, key: str, reason: str) -> None:
+        self.account.quarantined += 1
+        entry, buffer = member.entry, member.buffer
+        front = tar.BLOCK if member.kind == "jpg" else 0
+        data = None if buffer is None else bytes(buffer.view[front : front + entry.size])
+        self._report(entry, key, reason, data)
+        if buffer is not None:
+            self._pool.give(buffer)
+
+    def _give_up(self, half: "_Half", key: str, reason: str) -> None:
+        """Quarantine a half by the bytes that the source had."""
+        self.account.quarantined += 1
+        self._report(half.entry, key, reason, half.source_bytes())
+        half.release(self._pool)
+
+    def _report(self, entry: tar.Entry, key: str, reason: str, data: bytes | None) -> None:
+        self._reject(
+            Rejected(source=self.account.name, name=entry.name, offset=entry.offset, key=key, reason=reason, data=data)
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Half:
+    """One of the two members of a sample, waiting for the other."""
+
+    entry: tar.Entry
+    kind: str
+    key: str
+    buffer: Buffer | None
+    """The bytes that were read: a jpg's, or those of a json that was rejected."""
+    held: Held | None = None
+    packed: Packed | None = None
+    jpeg: images.Header | None = None
+    reason: str | None = None
+
+    def hold(self, table: Table) -> None:
+        if self.buffer is not None:
+            self.held = table.hold(self.buffer)
+            self.buffer = None
+
+    def source_bytes(self) -> bytes:
+        if self.packed is not None:
+            assert self.held is not None
+            return restore(unpack(self.held.load(), f"{self.key}.json"))
+        view = self.buffer.view if self.buffer is not None else self.held.load() if self.held else memoryview(b"")
+        front = tar.BLOCK if self.kind == "jpg" else 0
+        return bytes(view[front : front + self.entry.size])
+
+    def release(self, pool: Pool) -> None:
+        if self.held is not None:
+            self.held.release()
+        elif self.buffer is not None:
+            pool.give(self.buffer)
+        self.held = self.buffer = None
+
+
+def _disagreement(jpg: _Half, json: _Half) -> str | None:
+    header, packed = jpg.jpeg, json.packed
+    assert header is not None
+    assert packed is not None
+    if (header.height, header.width) == (packed.height, packed.width):
+        return None
+    wanted, found = f"{packed.height} x {packed.width}", f"{header.height} x {header.width}"
+    return str(SampleRejected(f"{jpg.key}.jpg", "its header disagrees with the json (height x width)", wanted, found))
+
+
+def _sample(number: int, key: str, jpg: _Half, json: _Half) -> Sample:
+    packed = json.packed
+    assert packed is not None
+    assert jpg.held is not None
+    assert json.held is not None
+    return Sample(
+        key=key,
+        image_id=packed.image_id,
+        source=number,
+        jpg_ordinal=jpg.entry.ordinal,
+        json_ordinal=json.entry.ordinal,
+        jpg=jpg.held,
+        jpg_size=jpg.entry.size,
+        packed=json.held,
+        annotations=packed.annotations,
+        area_mismatches=packed.area_mismatches,
+        stored_source=packed.stored_source,
+    )
+
+
+def turns(streams: list[Iterator[Sample]]) -> Iterator[Sample]:
+    """One sample of each stream in turn, until all have ended."""
+    rest = list(streams)
+    end = object()
+    while rest:
+        for stream in list(rest):
+            sample = next(stream, end)
+            if sample is end:
+                rest.remove(stream)
+            else:
+                assert isinstance(sample, Sample)
+                yield sample
+
+
+def rounds(samples: Iterator[Sample], count: int) -> Iterator[list[Sample]]:
+    """The samples in rounds of `count`; the last may be shorter."""
+    while batch := list(itertools.islice(samples, count)):
+        yield batch
