@@ -1,0 +1,558 @@
+"""Tar archives: a strict reader that can salvage, and a writer whose bytes never vary.
+
+The reader takes ustar, GNU, PAX and v7, and never takes anything but the two zero blocks for the end: a header that
+does not check out, a file that stops between two members, one zero block alone, or anything but zeros behind the end
+is damage, and says at which byte. (`tarfile` and all that build on it end there without a word.) It reads to the last
+byte of its stream, so every checksum of a gzip source is compared.
+
+Accepted on purpose: padding that is not zero (old writers left what was in their buffer), any owner, mode and time,
+members of any kind. What is not a file is passed over with its right length, and named.
+
+To salvage, damage ends nothing: the reader looks for the next header whose checksum holds, on a 512-byte boundary of
+the archive, or at any byte after a gap in a gzip stream. A member that is cut, that a gap runs through, or whose data
+holds the header of another while what follows it is no header (bytes went missing in it) is not yielded. Every byte is
+accounted for: position of the stream = spans + zeros + the sizes in `skipped`.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import FormatError, SourceDamaged
+from .inflate import ByteStream, OnDamage
+
+BLOCK = 512
+END = bytes(2 * BLOCK)
+"""what a tar ends with"""
+
+Kind = Literal["file", "directory", "link", "sparse", "other"]
+
+_EXTENSION_MAX = 1 << 20  # bytes of a long name or of a PAX header
+_SIZE_MAX = 1 << 40  # bytes of a member
+_SCRATCH = 64 << 10
+_ZERO = bytes(BLOCK)
+_NUMBER = re.compile(rb"(?:\0?) *([0-7]*)(?:[ \0].*)?", re.DOTALL)
+_CHECKSUM = re.compile(rb"(?=[ 0-7]{4}[ 0-7\0]{4})")
+_RECORD = re.compile(rb"([0-9]{1,7}) ")
+_LINKS, _DEVICES = b"12", b"346"
+_KEYWORDS = frozenset(("path", "size", "GNU.sparse.name"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A member of a tar."""
+
+    name: str
+    """as it stands there, any name a writer could think of; bytes that are not UTF-8 as surrogates"""
+    offset: int
+    """of its first header (a long name or PAX header stands before the member's own), byte of the tar"""
+    size: int
+    """bytes of data that stand in the tar"""
+    kind: Kind
+    """`link`: hard or symbolic; `other`: a device, a FIFO, or something only its writer knows"""
+    ordinal: int
+    """0, 1, 2, … over all entries yielded"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped:
+    """A stretch of the tar passed over in salvaging; with no bytes, a fault that cost none."""
+
+    offset: int
+    """byte of the tar"""
+    size: int
+    """bytes"""
+    reason: str
+    """what was wrong"""
+
+
+class _Back:
+    """A stream whose bytes can be put back, to look for headers in them."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.where = stream.where
+        self.broken = False
+        self._stream = stream
+        self._bytes = memoryview(b"")
+        self._stop: bool | None = None  # what `broken` was where the bytes put back ended short
+
+    @property
+    def position(self) -> int:
+        return self._stream.position - len(self._bytes)
+
+    def readinto(self, view: memoryview, /) -> int:
+        have = min(len(self._bytes), len(view))
+        if have:
+            view[:have] = self._bytes[:have]
+            self._bytes = self._bytes[have:]
+        if have == len(view):
+            return have
+        if self._stop is not None:
+            self.broken, self._stop = self._stop, None
+            return have
+        have += self._stream.readinto(view[have:])
+        self.broken = self._stream.broken
+        return have
+
+    def put(self, data: bytes, stop: bool | None) -> None:
+        """Put back the bytes read last; `stop`: they ended in a short read, with this `broken`."""
+        self._bytes = memoryview(data + bytes(self._bytes))
+        if stop is not None:
+            self._stop = stop
+
+
+class _Member:
+    """A member's headers, merged."""
+
+    __slots__ = ("data", "kind", "name", "peek", "size")
+
+    def __init__(self, name: bytes, kind: Kind, size: int, data: bool, peek: bool) -> None:
+        self.name, self.kind, self.size, self.data, self.peek = name, kind, size, data, peek
+
+
+class Reader:
+    """The members of a tar, in order.
+
+    `allocate` is asked for each member of kind `file` and gives a writable view of exactly `entry.size` bytes, which
+    the data is read into, or None to pass over it (it must refuse sizes it has no room for). When salvaging, a view
+    may be asked for and its member never yielded: with the next call of `allocate` the earlier view is free again.
+
+    Iterating raises SourceDamaged, unless salvaging, with the byte of the tar.
+    """
+
+    skipped: list[Skipped]
+    """salvage: every stretch passed over, and every fault that cost no bytes"""
+    spans: int
+    """bytes of the members yielded, with headers and padding, and of PAX global headers"""
+    zeros: int
+    """bytes of the end: its two blocks, and zeros behind them"""
+
+    def __init__(
+        self,
+        stream: ByteStream,
+        *,
+        allocate: Callable[[Entry], memoryview | None],
+        on_damage: OnDamage = "fail",
+    ) -> None:
+        self.skipped = []
+        self.spans = self.zeros = 0
+        self._back = _Back(stream) if on_damage == "salvage" else None
+        self._stream: ByteStream = self._back or stream
+        self._allocate = allocate
+        self._small = memoryview(bytearray(2 * BLOCK))  # a member's padding and the header behind it
+        self._scratch: memoryview | None = None
+        self._ahead: bytes | None = None  # the block behind the last member; short at the end
+        self._globals: dict[str, bytes] = {}
+        self._start = 0  # byte of the tar up to which all is accounted for
+        self._phase: int | None = 0  # of headers modulo 512; None: lost
+        self._ended = False  # the end blocks have been seen
+        self._ordinal = 0
+
+    def __iter__(self) -> Iterator[tuple[Entry, memoryview | None]]:
+        while True:
+            self._start = self._here()
+            try:
+                member = self._headers()
+                if member is None:
+                    if self._end():
+                        return
+                    continue
+                entry, data = self._body(member)
+            except SourceDamaged as damage:
+                if self._back is None:
+                    raise
+                if not self._search(self._back, damage):
+                    return
+                continue
+            if entry is None:
+                continue
+            self._ordinal += 1
+            self.spans += self._here() - self._start
+            yield entry, data
+
+    # -- reading
+
+    def _here(self) -> int:
+        """The byte of the tar that comes next."""
+        return self._stream.position - (len(self._ahead) if self._ahead is not None else 0)
+
+    def _fault(self, offset: int, what: str, expected: object = None, found: object = None) -> SourceDamaged:
+        return SourceDamaged(f"{self._stream.where}: byte {offset:,} of the tar", what, expected, found)
+
+    def _fill(self, view: memoryview, what: str) -> None:
+        """Fill `view`, or say where it ends."""
+        got = self._stream.readinto(view)
+        if got < len(view):
+            raise self._cut(what, len(view), got)
+
+    def _cut(self, what: str, expected: int, found: int) -> SourceDamaged:
+        if self._stream.broken:
+            self._phase = None
+            what += " lost with a part of the gzip stream"
+        else:
+            what += " cut by the end of the file"
+        return self._fault(self._stream.position, what, f"{expected:,} bytes", f"{found:,}")
+
+    def _block(self, what: str) -> bytes:
+        """The next 512 bytes."""
+        block, self._ahead = self._ahead, None
+        if block is None:
+            got = self._stream.readinto(self._small[:BLOCK])
+            block = bytes(self._small[:got])
+        if len(block) < BLOCK:
+            if not block and what == "header" and not self._stream.broken:
+                raise self._fault(self._stream.position, "no end of the archive", "two zero blocks", "end of file")
+            raise self._cut(what, BLOCK, len(block))
+        return block
+
+    def _skip(self, size: int, what: str) -> None:
+        if self._scratch is None:
+            self._scratch = memoryview(bytearray(_SCRATCH))
+        while size:
+            n = min(size, _SCRATCH)
+            self._fill(self._scratch[:n], what)
+            size -= n
+
+    # -- members
+
+    def _headers(self) -> _Member | None:
+        """Read a member's headers; None for a zero block, which is the first of the end."""
+        longname: bytes | None = None
+        pax = self._globals
+        while True:
+            offset = self._here()
+            block = self._block("header")
+            if block == _ZERO:
+                if offset != self._start:
+                    raise self._fault(offset, "no header behind a long name or PAX header", "a header", "zeros")
+                return None
+            if not _checks_out(block):
+                raise self._fault(offset, "not a tar header", "a header whose checksum holds", _glimpse(block))
+            kind = block[156:157]
+            size = self._number(block[124:136], offset, "size")
+            if kind in b"LKxXg":
+                if size > _EXTENSION_MAX:
+                    raise self._fault(
+                        offset, "a long name or PAX header is too long", f"at most {_EXTENSION_MAX:,} bytes", size
+                    )
+                room = memoryview(bytearray(size + padding(size)))
+                self._fill(room, "a long name or PAX header is")
+                data = bytes(room[:size])
+                if kind == b"L":
+                    longname = data.split(b"\0", 1)[0]
+                elif kind in b"xX":
+                    pax = {**pax, **self._records(data, offset)}
+                elif kind == b"g":
+                    self._globals = {**self._globals, **self._records(data, offset)}
+                    if offset == self._start:
+                        # Belongs to no member: what follows may as well be the end.
+                        self.spans += self._here() - offset
+                        self._start = self._here()
+                    pax = {**self._globals, **pax}
+                continue
+            break
+        name = block[:100].split(b"\0", 1)[0]
+        if block[257:262] == b"ustar" and block[262] != 0x20:
+            prefix = block[345:500].split(b"\0", 1)[0]
+            if prefix:
+                name = prefix + b"/" + name
+        if longname is not None:
+            name = longname
+        if pax:
+            name = pax.get("GNU.sparse.name", pax.get("path", name))
+            if "size" in pax:
+                size = self._decimal(pax["size"], offset)
+        return self._classify(block, name, size, any(key.startswith("GNU.sparse.") for key in pax))
+
+    def _classify(self, block: bytes, name: bytes, size: int, sparse: bool) -> _Member:
+        kind = block[156:157]
+        if kind == b"5" or (kind == b"\0" and name.endswith(b"/")):
+            return _Member(name.rstrip(b"/"), "directory", 0, False, False)
+        if kind in _LINKS:
+            # PAX lets a hard link carry its data; everybody else may write the size and no data.
+            return _Member(name, "link", size if kind == b"1" else 0, False, True)
+        if kind in _DEVICES:
+            return _Member(name, "other", 0, False, False)
+        if kind == b"S":
+            more = block[482]
+            while more:
+                more = self._block("a sparse file's map")[504]
+            sparse = True
+        if sparse:
+            return _Member(name, "sparse", size, False, False)
+        return _Member(name, "file" if kind in b"07\0" else "other", size, kind in b"07\0", False)
+
+    def _body(self, member: _Member) -> tuple[Entry | None, memoryview | None]:
+        """Read a member's data, its padding and the next block."""
+        size = member.size
+        if member.peek and size:
+            block = self._block("header")
+            if block == _ZERO or _checks_out(block):
+                self._ahead = block
+                size = 0
+            elif size <= BLOCK:
+                return self._entry(member, size), None
+            else:
+                self._skip(size + padding(size) - BLOCK, f"{_shown(member.name)}: data")
+                return self._entry(member, size), None
+        entry = self._entry(member, size)
+        if not size and self._ahead is not None:
+            return entry, None
+        data = self._allocate(entry) if member.data else None
+        before = self._stream.position
+        if data is not None:
+            self._fill(data, f"{entry.name}: data")
+        elif size:
+            self._skip(size, f"{entry.name}: data")
+        pad = padding(size)
+        got = self._stream.readinto(self._small[: pad + BLOCK])
+        self._ahead = bytes(self._small[min(pad, got) : got])
+        if got < pad:
+            if self._back is None:
+                raise self._cut(f"{entry.name}: padding", pad, got)
+            self.skipped.append(Skipped(offset=self._stream.position, size=0, reason="a member's padding is cut"))
+        elif self._back is not None and data is not None and not self._follows():
+            inner = _find(data, before % BLOCK, before)
+            if inner is not None:
+                self._ahead = None
+                self._back.put(bytes(data[inner:]) + bytes(self._small[:got]), None)
+                self._skipped("bytes are missing in a member: its data holds the header of another")
+                return None, None
+        return entry, data
+
+    def _follows(self) -> bool:
+        """Whether a header or the end stands behind the member just read."""
+        return self._ahead is not None and (
+            self._ahead == _ZERO or (len(self._ahead) == BLOCK and _checks_out(self._ahead))
+        )
+
+    def _entry(self, member: _Member, size: int) -> Entry:
+        name = member.name.decode("utf-8", "surrogateescape")
+        return Entry(name=name, offset=self._start, size=size, kind=member.kind, ordinal=self._ordinal)
+
+    def _number(self, field: bytes, offset: int, what: str) -> int:
+        """A number of a header: octal digits, or base 256 (GNU)."""
+        if field[0] & 0x80:
+            value = int.from_bytes(field, "big") & ~(1 << (8 * len(field) - 1))
+            if field[0] & 0x40:
+                value -= 1 << (8 * len(field) - 1)
+        else:
+            match = _NUMBER.fullmatch(field)
+            if match is None:
+                raise self._fault(offset, f"a member's {what} is not a number", "octal digits", _glimpse(field))
+            value = int(match[1] or b"0", 8)
+        return self._checked(value, offset)
+
+    def _decimal(self, text: bytes, offset: int) -> int:
+        if not text.isdigit() or len(text) > 20:
+            raise self._fault(offset, "a member's size is not a number", "decimal digits", _glimpse(text))
+        return self._checked(int(text), offset)
+
+    def _checked(self, size: int, offset: int) -> int:
+        if not 0 <= size <= _SIZE_MAX:
+            raise self._fault(offset, "a member's size is absurd", f"0 to {_SIZE_MAX:,} bytes", size)
+        return size
+
+    def _records(self, data: bytes, offset: int) -> dict[str, bytes]:
+        """The PAX records that matter here, of `length keyword=value\\n`, length counting the whole record."""
+        found: dict[str, bytes] = {}
+        at = 0
+        while at < len(data):
+            match = _RECORD.match(data, at)
+            if match is None:
+                if not data[at:].strip(b"\0"):
+                    break
+                raise self._fault(offset, "a PAX record does not begin with its length", "digits", _glimpse(data[at:]))
+            end = at + int(match[1])
+            if end > len(data) or end <= match.end() or data[end - 1] != 0x0A or b"=" not in data[match.end() : end]:
+                raise self._fault(
+                    offset,
+                    "a PAX record lies about its length",
+                    "keyword=value and a line feed",
+                    _glimpse(data[at:end]),
+                )
+            keyword, value = data[match.end() : end - 1].split(b"=", 1)
+            key = keyword.decode("utf-8", "replace")
+            if key in _KEYWORDS or key.startswith("GNU.sparse."):
+                found[key] = value.rstrip(b"/") if key == "path" else value
+            at = end
+        return found
+
+    # -- the end
+
+    def _end(self) -> bool:
+        """Read behind the first zero block; False where (salvage) more members follow."""
+        got = self._stream.readinto(self._small[:BLOCK])
+        block = bytes(self._small[:got])
+        if block != _ZERO:
+            if got < BLOCK and self._stream.broken:
+                self._phase = None
+            damage = self._fault(
+                self._stream.position - got,
+                "one zero block alone, where an archive ends with two",
+                "512 zeros",
+                _glimpse(block) if block else "end of file",
+            )
+            if self._back is None:
+                raise damage
+            if got == BLOCK:
+                self._ahead = block
+            elif self._back is not None:
+                self._back.put(block, self._stream.broken)
+            self._skipped(_reason(damage))
+            return False
+        self._ended = True
+        self.zeros += 2 * BLOCK
+        if self._scratch is None:
+            self._scratch = memoryview(bytearray(_SCRATCH))
+        while True:
+            here = self._stream.position
+            got = self._stream.readinto(self._scratch)
+            chunk = bytes(self._scratch[:got])
+            zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+            if zeros == got:
+                self.zeros += zeros
+                if got == _SCRATCH:
+                    continue
+                if not self._stream.broken:
+                    return True
+                self._phase = None
+                return False
+            zeros -= zeros % BLOCK
+            block = chunk[zeros : zeros + BLOCK]
+            second = len(block) == BLOCK and _checks_out(block)
+            damage = self._fault(
+                here + zeros,
+                "a second archive behind the end" if second else "garbage behind the end",
+                "zeros to the end of the file",
+                _glimpse(block),
+            )
+            if self._back is None:
+                raise damage
+            self.zeros += zeros
+            self._back.put(chunk[zeros:], self._stream.broken if got < _SCRATCH else None)
+            if second:
+                self.skipped.append(Skipped(offset=here + zeros, size=0, reason=_reason(damage)))
+            return False
+
+    # -- salvage
+
+    def _skipped(self, reason: str) -> None:
+        self.skipped.append(Skipped(offset=self._start, size=self._here() - self._start, reason=reason))
+
+    def _search(self, stream: _Back, damage: SourceDamaged) -> bool:
+        """Pass over everything to the next header; False at the end."""
+        start, reason = self._start, _reason(damage)
+        if self._ahead:
+            stream.put(self._ahead, None)
+        self._ahead = None
+        window = memoryview(bytearray(_SCRATCH + BLOCK))
+        have, zeros = 0, 0
+        while True:
+            here = stream.position - have
+            got = stream.readinto(window[have:])
+            short = got < len(window) - have
+            chunk = bytes(window[: have + got])
+            at = _find(chunk, self._phase, here)
+            if at is not None:
+                stream.put(chunk[at:], stream.broken if short else None)
+                self._phase = (here + at) % BLOCK
+                self._skipped(reason)
+                return True
+            tail = len(chunk[have:]) - len(chunk[have:].rstrip(b"\0"))
+            zeros = tail if tail < got else zeros + got
+            if not short:
+                have = BLOCK - 1
+                window[:have] = chunk[-have:]
+                continue
+            have = 0
+            if stream.broken:
+                self._phase = None
+                zeros = 0
+                continue
+            break
+        end = stream.position
+        zeros = min(zeros, end - start)
+        first = end - zeros
+        first += -(first - (self._phase or 0)) % BLOCK
+        if end - first >= len(END):
+            self.zeros += end - first
+            self.skipped.append(Skipped(offset=start, size=first - start, reason=reason))
+        else:
+            self.skipped.append(Skipped(offset=start, size=end - start, reason=reason))
+            if not self._ended and "no end of the archive" not in reason:
+                self.skipped.append(
+                    Skipped(
+                        offset=end, size=0, reason="no end of the archive: expected two zero blocks, found end of file"
+                    )
+                )
+        return False
+
+
+def header(name: str, size: int) -> bytes:
+    """The 512 bytes of a ustar header, the same for the same name and size on every machine.
+
+    Equal to `tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT)` with only the size set: mode 0644, owner and time 0.
+    The name is 1 to 100 ASCII characters, the size below 8 GiB; FormatError otherwise.
+    """
+    if not (1 <= len(name) <= 100 and name.isascii() and "\0" not in name):
+        raise FormatError(ascii(name), "no name for a member of a shard", "1 to 100 ASCII characters", len(name))
+    if not 0 <= size < 8 << 30:
+        raise FormatError(name, "no size for a member of a shard", "0 to 8 GiB - 1", size)
+    text, octal = name.encode(), b"%011o" % size
+    # Whatever the name, the rest of the header adds the same to the checksum.
+    check = _REST + sum(text) + sum(octal)
+    return b"".join((text, bytes(100 - len(text)), _BEFORE, octal, _BETWEEN, b"%06o\0 " % check, _AFTER))
+
+
+_BEFORE = b"0000644\0" + b"0000000\0" + b"0000000\0"  # mode, uid, gid
+_BETWEEN = b"\0" + b"00000000000\0"  # end of the size, time
+_AFTER = b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(247)  # type, link, magic, version, names, devices, prefix
+_REST = sum(_BEFORE) + sum(_BETWEEN) + sum(_AFTER) + 8 * 0x20
+
+
+def padding(size: int) -> int:
+    """Bytes from the end of `size` bytes of data to the next header."""
+    return -size % BLOCK
+
+
+def _checks_out(block: bytes | memoryview) -> bool:
+    """Whether this is a header: its checksum, over signed or unsigned bytes, is the one it states."""
+    match = _NUMBER.fullmatch(block[148:156])
+    if match is None or not match[1]:
+        return False
+    stated = int(match[1], 8)
+    total = sum(block) - sum(block[148:156]) + 8 * 0x20
+    if total == stated:
+        return True
+    data = bytes(block)
+    signed = len(data[:148].translate(None, _LOW)) + len(data[156:].translate(None, _LOW))
+    return total - 256 * signed == stated
+
+
+_LOW = bytes(range(128))
+
+
+def _find(data: bytes | memoryview, phase: int | None, offset: int) -> int | None:
+    """Where in `data`, which begins at byte `offset` of the tar, the first whole header stands."""
+    for match in _CHECKSUM.finditer(data, 148):
+        at = match.start() - 148
+        if at + BLOCK > len(data):
+            break
+        if (phase is None or (offset + at - phase) % BLOCK == 0) and _checks_out(data[at : at + BLOCK]):
+            return at
+    return None
+
+
+def _glimpse(data: bytes) -> str:
+    """The first bytes, for a message."""
+    return repr(data[:16])[1:] + ("…" if len(data) > 16 else "")
+
+
+def _shown(name: bytes) -> str:
+    return name.decode("utf-8", "replace")
+
+
+def _reason(damage: SourceDamaged) -> str:
+    return str(damage).removeprefix(damage.where + ": ")
