@@ -66,6 +66,11 @@ class Leg:
         return self.world * self.batch, self.world * self.lanes, self.block, self.workers
 
     @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Everything but how far it came."""
+        return self.world, self.batch, self.lanes, self.block, self.workers
+
+    @property
     def most(self) -> int:
         """Batches delivered by the rank that was ahead."""
         return max(self.batches) if isinstance(self.batches, tuple) else self.batches
@@ -79,6 +84,7 @@ class Cut:
         world, batch, workers = leg.world, leg.batch, leg.workers
         full, rest = divmod(n, world * batch)
         self.steps = full if drop_last else -(-n // (world * batch))
+        """Batches of every rank."""
         p = np.arange(workers)[:, None]
         self.size = world * batch * ((full - p + workers - 1) // workers) + rest * (p == full % workers)
         """Samples of each section, shape (workers, 1)."""
@@ -90,7 +96,7 @@ class Cut:
         self.start = _ends(self.length)
         self.shift = np.tile(leg.block * (self.lanes - 1 - j) // self.lanes, workers)
         """How much each lane's first block is shortened."""
-        batches = np.broadcast_to(np.asarray(leg.batches, np.int64), world)[rank]
+        batches = np.minimum(np.broadcast_to(np.asarray(leg.batches, np.int64), world), self.steps)[rank]
         had = np.minimum(batch * ((batches - p + workers - 1) // workers), (self.size - rank + world - 1) // world)
         a_rank = self.lanes // world
         self.done = ((had - row + a_rank - 1) // a_rank).ravel()
@@ -174,9 +180,10 @@ class Order:
             self.cuts.append(Cut(left, leg, drop_last, (seed, epoch, i)))
             left = self.cuts[-1].remaining
         self.cut, self.leg = self.cuts[-1], legs[-1]
-        self.delivered = sum(leg.most for leg in legs)
+        done = [min(leg.most, cut.steps) for leg, cut in zip(legs, self.cuts, strict=True)]
+        self.delivered = sum(done)
         """Batches of this epoch so far, over all legs."""
-        self.left = self.cut.steps - self.leg.most
+        self.left = self.cut.steps - done[-1]
         """Batches to come."""
         self.total = self.delivered + self.left
         self._blocks: dict[int, tuple[int, Block]] = {}
