@@ -23,7 +23,7 @@ The walk also decodes every RLE: its runs must be non-negative and add up to hei
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
@@ -33,20 +33,13 @@ import orjson
 
 from . import rle
 from .errors import FormatError, SampleRejected
+from .format import FORMAT, MEMBER_LIMIT, PIXEL_LIMIT, SIDE_LIMIT
 from .jit import inline, jit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from typing_extensions import Buffer
-
-FORMAT = "sa1b-wds/1"
-MEMBER_LIMIT = 256 << 20
-"""Bytes a packed member may have."""
-SIDE_LIMIT = 65_535
-"""Pixels an image may be high or wide."""
-PIXEL_LIMIT = 1 << 28
-"""Pixels an image may have."""
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
@@ -266,9 +259,7 @@ def _number(text: U8, at: int, out: F64, long: I64, state: I64, column: int, row
 
 
 @inline
-def _numbers(
-    text: U8, at: int, out: F64, long: I64, state: I64, column: int, row: int, count: int
-) -> tuple[int, int]:
+def _numbers(text: U8, at: int, out: F64, long: I64, state: I64, column: int, row: int, count: int) -> tuple[int, int]:
     """`count` numbers with ", " between them; (place behind, how many were ints), or (−1, 0)."""
     ints = 0
     for i in range(count):
@@ -585,7 +576,9 @@ def pack_any(document: bytes, key: str) -> Packed:
     p = len(annotations[0].point_coords) if n else 1
     for i, a in enumerate(annotations):
         if len(a.point_coords) != p:
-            raise SampleRejected(f"{where}: $.annotations[{i}].point_coords", "points differ in number", p, len(a.point_coords))
+            raise SampleRejected(
+                f"{where}: $.annotations[{i}].point_coords", "points differ in number", p, len(a.point_coords)
+            )
         _fits(f"$.annotations[{i}].id", where, a.id)
         _fits(f"$.annotations[{i}].area", where, a.area)
     rows = [_numbers_of(a) for a in annotations]
@@ -731,7 +724,9 @@ def _layout(header: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     layout, at = {}, 0
     for name, entry in entries.items():
         match entry:
-            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **rest} if not rest:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **rest} if (
+                not rest
+            ):
                 pass
             case _:
                 raise ValueError(f"tensor {name}: malformed entry")
@@ -791,7 +786,9 @@ def unpack(member: "Buffer", where: str) -> Annotations:
         raise FormatError(where, "not a packed member", f"8 to {MEMBER_LIMIT:,} bytes", f"{len(data):,}")
     begin = 8 + int.from_bytes(data[:8], "little")
     if begin > min(_HEADER_LIMIT, len(data)):
-        raise FormatError(where, "not a packed member", f"a header of at most {_HEADER_LIMIT:,} bytes", f"{begin - 8:,}")
+        raise FormatError(
+            where, "not a packed member", f"a header of at most {_HEADER_LIMIT:,} bytes", f"{begin - 8:,}"
+        )
     try:
         layout = _layout(bytes(data[8:begin]))
     except ValueError as error:
@@ -812,7 +809,9 @@ def unpack(member: "Buffer", where: str) -> Annotations:
         raise FormatError(where, "size beyond the limits", f"1 to {SIDE_LIMIT:,} a side", f"{height} x {width}")
     offsets, counts = column(_I64[2]), column(_U8[1])
     if offsets[0] != 0 or offsets[-1] != counts.size or np.any(offsets[1:] < offsets[:-1]):
-        raise FormatError(where, "offsets of the RLE strings do not rise from 0 to their end", counts.size, int(offsets[-1]))
+        raise FormatError(
+            where, "offsets of the RLE strings do not rise from 0 to their end", counts.size, int(offsets[-1])
+        )
     size = column(_I64[3]) if _I64[3] in layout else None
     if size is not None and (np.any((size < 1) | (size > SIDE_LIMIT)) or np.any(size[:, 0] * size[:, 1] > PIXEL_LIMIT)):
         raise FormatError(where, "an RLE's size is beyond the limits")

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import msgspec
 
-from .annotations import FORMAT
 from .errors import FormatError
+from .format import FORMAT
 
 RECEIPT_FORMAT = "sa1b-wds-receipt/1"
 MANIFEST_NAME = "manifest.json"

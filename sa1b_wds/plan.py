@@ -118,7 +118,9 @@ def make_plan(sources: Sequence[Source], *, shard_size: int, mix: int, seed: int
     )
 
 
-def _shard_counts(loads: "np.ndarray[tuple[int], np.dtype[np.float64]]", shard_size: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+def _shard_counts(
+    loads: "np.ndarray[tuple[int], np.dtype[np.float64]]", shard_size: int
+) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
     """K of each task, with the shard size within a tenth that makes max/min of all shards smallest."""
     best: tuple[float, float] | None = None
     chosen = np.ones(len(loads), np.int64)

@@ -21,7 +21,7 @@ from zlib_ng import zlib_ng
 
 from . import tar
 from .manifest import FileFact, ShardFact
-from .source import Rejected, Sample
+from .sample import Rejected, Sample
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -135,6 +135,11 @@ class ShardWriter:
 def place(outlet: Outlet, name: str, data: bytes) -> FileFact:
     """Write a small file and return its fact."""
     outlet.put(name, data)
+    return file_fact(name, data)
+
+
+def file_fact(name: str, data: bytes) -> FileFact:
+    """What a file of these bytes must be."""
     return FileFact(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 STATE = ".state"
+_DONE = "manifest.json"
 
 
 class Raw(Protocol):
@@ -143,6 +144,12 @@ def is_memory(folder: Path) -> bool:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
+def _remove_empty(*folders: Path) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -224,6 +231,16 @@ class Destination:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+    def clear_state(self) -> None:
+        """Remove what runs keep below `.state/`, but for the attempts of live processes."""
+        self.sweep()
+        state = self.root / STATE
+        with translating(self.place(STATE)):
+            for path in state.iterdir() if state.is_dir() else ():
+                if not path.is_dir():
+                    path.unlink(missing_ok=True)
+        _remove_empty(state / "attempts", state)
 
     def attempt(self, label: str) -> "Attempt":
         """A new attempt at the piece of work called `label`; sweeps what dead ones left."""
@@ -316,6 +333,8 @@ class Attempt:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.with_suffix(".lock").unlink(missing_ok=True)
         os.close(self._lock)
+        if self.destination.exists(_DONE):  # it was published meanwhile: the last one out leaves nothing
+            _remove_empty(self._folder.parent, self._folder.parent.parent)
 
 
 class FileWriter:

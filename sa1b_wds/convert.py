@@ -1,0 +1,484 @@
+"""Source tars → shards: the converter's line, one task at a time.
+
+    source bytes → members → samples → packed samples → dealt to shards → receipt   (`run_task`)
+    receipts → manifest                                                             (`finalize`)
+
+A task runs as a pipeline of threads with bounded queues between them: one reads and inflates each source, one pairs,
+packs and deals, and the caller's own hashes and writes. All of their heavy work drops the GIL. Whatever runs ahead is
+put back in order, so the bytes written never depend on timing.
+"""
+
+import contextlib
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import sidecars
+from .ahead import Ahead
+from .annotations import Packer
+from .buffers import Pool
+from .errors import (
+    DuplicateKey,
+    FormatError,
+    Incomplete,
+    NoSpace,
+    NotFound,
+    PlanMismatch,
+    StorageError,
+    TooFewSamples,
+    TooManyQuarantined,
+    UsageError,
+)
+from .format import FORMAT
+from .manifest import (
+    KEYS_NAME,
+    MANIFEST_NAME,
+    PLAN_NAME,
+    RECEIPT_FORMAT,
+    Manifest,
+    Receipt,
+    SkippedFact,
+    SourceFact,
+    load_receipt,
+    quarantine_stem,
+    receipt_name,
+    totals,
+)
+from .plan import Plan, Source, Task, difference, load_plan, make_plan
+from .sample import Sample, Table
+from .shard import ROW, Quarantine, ShardWriter, deal, file_fact
+from .source import Account, OnDamage, SourceReader, rounds, turns
+from .storage import (
+    Attempt,
+    Destination,
+    Raw,
+    Scratch,
+    expand,
+    free_bytes,
+    is_memory,
+    name_of,
+    open_raw,
+    size_of,
+)
+
+KEY_ROW = np.dtype([("image_id", "<i8"), ("shard", "<u4"), ("index", "<u4")])
+"""A sample in `index/keys.bin`, which is sorted by image_id: its shard's place in the manifest, its own in the shard."""
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How tasks run; none of these changes a byte of what a sound source becomes."""
+
+    on_damage: OnDamage = "fail"
+    pairing_buffer: int = 512 * MIB
+    """Bytes of members that may wait in memory."""
+    scratch: Path | None = None
+    """Where further ones wait; None: $SLURM_TMPDIR, $TMPDIR, or the system's folder for temporary files."""
+    max_quarantine: float = 0.001
+    """Share of a task's members that may be quarantined."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything a task needs, wherever it runs."""
+
+    destination: Destination
+    plan: Plan
+    locations: dict[str, str]
+    """name of a source → where it lies now."""
+    options: Options
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a task is."""
+
+    task: int
+    bytes_read: int
+    """Of its sources, as they lie there."""
+    bytes_total: int
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a task ended."""
+
+    task: int
+    already_done: bool
+    receipt: Receipt
+    seconds: float
+    spilled_bytes: int = 0
+    """Bytes that waited in the scratch file."""
+    peak_memory: int = 0
+    """Bytes, the most that this process ever had resident."""
+
+
+def survey(urls: list[str], assume_size: int | None = None) -> dict[str, tuple[str, int]]:
+    """name → (URL, bytes) of the sources that `urls` mean, braces and folders expanded."""
+    found: dict[str, tuple[str, int]] = {}
+    for url in expand(urls):
+        name = name_of(url)
+        if name in found and found[name][0] != url:
+            raise UsageError(url, f"a second source named {name}: names tell sources apart")
+        try:
+            size = size_of(url)
+        except NotFound:
+            raise
+        except StorageError:
+            if assume_size is None:
+                raise
+            size = assume_size
+        found[name] = (url, size)
+    return found
+
+
+def write_plan(destination: Destination, plan: Plan) -> bool:
+    """Put the plan in its place; False if the same one was there.
+
+    Raises:
+        PlanMismatch: another one is there.
+    """
+    if destination.put_new(PLAN_NAME, plan.to_bytes()):
+        return True
+    there = read_plan(destination)
+    if there != plan:
+        raise PlanMismatch(
+            destination.place(PLAN_NAME),
+            f"another plan is there; use another --out, or its options: {difference(plan, there)}",
+        )
+    return False
+
+
+def plan_sources(found: dict[str, tuple[str, int]], *, shard_size: int, mix: int, seed: int) -> Plan:
+    sources = [Source(name=name, size=size) for name, (_, size) in found.items()]
+    return make_plan(sources, shard_size=shard_size, mix=mix, seed=seed)
+
+
+def read_plan(destination: Destination) -> Plan:
+    where = destination.place(PLAN_NAME)
+    try:
+        return load_plan(destination.read(PLAN_NAME), where)
+    except NotFound:
+        raise NotFound(where, "no plan there: run `sa1b-wds plan SOURCES --out DEST` first") from None
+
+
+def missing_tasks(destination: Destination, plan: Plan) -> list[int]:
+    """Tasks without a receipt."""
+    return [i for i in range(len(plan.tasks)) if not destination.exists(receipt_name(i))]
+
+
+# ---------------------------------------------------------------------------------------------------------- one task
+
+
+def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda progress: None) -> Outcome:
+    """Convert one task's sources into its shards, and write its receipt.
+
+    Raises:
+        SourceDamaged: a source cannot be read to its end, and `on_damage` is "fail".
+        TooFewSamples: fewer samples than shards.
+        TooManyQuarantined: more members rejected than `max_quarantine` allows.
+        StorageError: reading or writing failed. In all of these cases nothing of the task is visible.
+    """
+    begun = time.monotonic()
+    destination, plan, options = job.destination, job.plan, job.options
+    task, label = plan.tasks[index], f"task-{index:06d}"
+    receipt = _receipt(job, index)
+    if receipt is not None:
+        destination.sweep(f"{label}-")
+        return Outcome(task=index, already_done=True, receipt=receipt, seconds=0.0)
+    scratch = Scratch(_scratch_folder(plan, task, options))
+    pool = Pool(idle=64 * MIB)
+    table = Table(pool, options.pairing_buffer, scratch)
+    with contextlib.ExitStack() as stack:
+        stack.callback(scratch.close)
+        attempt = stack.enter_context(destination.attempt(label))
+        quarantine = Quarantine(outlet=attempt, stem=quarantine_stem(index))
+        stack.callback(quarantine.close)
+        shards = [ShardWriter(name, attempt) for name in plan.shard_names(task)]
+        for shard in shards:
+            stack.callback(shard.close)
+        counter = _Counter()
+        readers = [
+            stack.enter_context(
+                SourceReader(
+                    number=number,
+                    name=plan.sources[number].name,
+                    raw=counter.counted(open_raw(url)),
+                    where=url,
+                    table=table,
+                    packer=Packer(),
+                    reject=quarantine.add,
+                    on_damage=options.on_damage,
+                )
+            )
+            for number, url in ((n, _location(job, plan.sources[n].name)) for n in task.sources)
+        ]
+        samples = turns([iter(reader) for reader in readers])
+        dealt = Ahead(_deal(rounds(samples, task.shards), task.shards), name="deal", budget=48 * MIB, weigh=_weigh)
+        stack.callback(dealt.close)
+        total, said, written = plan.bytes_of(task), 0.0, 0
+        for shard_number, sample in dealt:
+            shards[shard_number].add(sample)
+            written += 1
+            if (now := time.monotonic()) - said > 0.2:
+                said = now
+                report(Progress(task=index, bytes_read=counter.bytes, bytes_total=total, samples=written))
+        accounts = [reader.account for reader in readers]
+        _check(index, plan, task, accounts, quarantine, written, options)
+        facts = [shard.finish() for shard in shards]
+        receipt = Receipt(
+            format=RECEIPT_FORMAT,
+            plan=plan.digest,
+            task=index,
+            on_damage=options.on_damage,
+            sources=[_source_fact(account) for account in accounts],
+            shards=facts,
+            quarantine=quarantine.finish(),
+        )
+        theirs = _publish(job, index, attempt, receipt)
+        report(Progress(task=index, bytes_read=total, bytes_total=total, samples=written))
+    return Outcome(
+        task=index,
+        already_done=theirs is not None,
+        receipt=theirs or receipt,
+        seconds=time.monotonic() - begun,
+        spilled_bytes=scratch.bytes_written,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _publish(job: Job, index: int, attempt: Attempt, receipt: Receipt) -> Receipt | None:
+    """Make the task's files visible, its receipt last; the other's receipt if another process was first."""
+    destination = job.destination
+    if (theirs := _receipt(job, index)) is not None:
+        return theirs
+    try:
+        if not receipt.quarantine:  # an attempt that was killed between its renames may have left one
+            for suffix in ("members", "jsonl"):
+                destination.remove(f"{quarantine_stem(index)}.{suffix}")
+        attempt.publish()
+        destination.put_new(receipt_name(index), receipt.to_bytes())
+    except StorageError:
+        # Another process may have finished the task, and `finalize` removed this attempt, while this one was stopped.
+        if (theirs := _receipt(job, index)) is not None:
+            return theirs
+        raise
+    return None
+
+
+def _receipt(job: Job, index: int) -> Receipt | None:
+    try:
+        receipt = load_receipt(job.destination.read(receipt_name(index)), job.destination.place(receipt_name(index)))
+    except NotFound:
+        return None
+    _check_receipt(job.destination, receipt, job.plan.digest, index)
+    return receipt
+
+
+def _check_receipt(destination: Destination, receipt: Receipt, plan: str, index: int) -> None:
+    if (receipt.plan, receipt.task) != (plan, index):
+        found = f"task {receipt.task} of plan {receipt.plan[:12]}"
+        raise FormatError(
+            destination.place(receipt_name(index)),
+            "a receipt of another plan",
+            f"task {index} of plan {plan[:12]}",
+            found,
+        )
+
+
+def _deal(hands: Iterator[list[Sample]], shards: int) -> Iterator[tuple[int, Sample]]:
+    loads = [0] * shards
+    for hand in hands:
+        yield from zip(deal([sample.span for sample in hand], loads), hand, strict=True)
+
+
+def _weigh(item: tuple[int, Sample]) -> int:
+    return item[1].jpg.length
+
+
+def _location(job: Job, name: str) -> str:
+    try:
+        return job.locations[name]
+    except KeyError:
+        raise NotFound(name, "the plan has this source, but it is not among those given") from None
+
+
+def _check(
+    index: int, plan: Plan, task: Task, accounts: list[Account], quarantine: Quarantine, samples: int, options: Options
+) -> None:
+    for account in accounts:
+        assert account.balances(), f"{account}: members were lost"
+    names = ", ".join(plan.sources[n].name for n in task.sources)
+    members = sum(account.members for account in accounts)
+    if quarantine.members > options.max_quarantine * members:
+        raise TooManyQuarantined(
+            f"task {index} ({names})",
+            f"{quarantine.members:,} of {members:,} members are no good, more than --max-quarantine {options.max_quarantine:g} "
+            f"allows; the first: {quarantine.first_reason}",
+        )
+    if samples < task.shards:
+        wanted = plan.bytes_of(task) // max(samples, 1)
+        raise TooFewSamples(
+            f"task {index} ({names})",
+            f"fewer samples than shards; plan again with a larger --shard-size (more than {wanted:,} bytes)",
+            f"at least {task.shards:,}",
+            f"{samples:,}",
+        )
+
+
+def _source_fact(account: Account) -> SourceFact:
+    return SourceFact(
+        name=account.name,
+        members=account.members,
+        samples=account.samples,
+        quarantined=account.quarantined,
+        ignored=dict(sorted(account.ignored.items())),
+        skipped=[SkippedFact(byte=byte, bytes=length, reason=reason) for byte, length, reason in account.skipped],
+        greatest_distance=account.greatest_distance,
+    )
+
+
+class _Counter:
+    """Counts what is read through the sources it has wrapped."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def counted(self, raw: Raw) -> Raw:
+        return _CountedRaw(raw, self)
+
+
+class _CountedRaw:
+    def __init__(self, raw: Raw, counter: _Counter) -> None:
+        self._raw, self._counter = raw, counter
+        self.close = raw.close
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        got = self._raw.readinto(buffer)
+        self._counter.bytes += got
+        return got
+
+
+def _scratch_folder(plan: Plan, task: Task, options: Options) -> Path:
+    """The folder for waiting members, if what may have to wait there fits."""
+    folder = options.scratch or Path(
+        os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
+    )
+    # In random order a quarter of the bytes wait when half is read; a little more by chance.
+    need = plan.bytes_of(task) * 28 // 100 - options.pairing_buffer
+    if need > 0:
+        advice = "give --scratch a folder on a local disk, a smaller --mix, or a larger --pairing-buffer"
+        if not folder.is_dir():
+            raise NotFound(f"scratch {folder}", f"no such folder; {advice}")
+        if is_memory(folder):
+            raise UsageError(
+                f"scratch {folder}", f"lies in memory (tmpfs), and {need:,} bytes may have to wait there; {advice}"
+            )
+        if (free := free_bytes(folder)) < need:
+            raise NoSpace(f"scratch {folder}", f"too small; {advice}", f"{need:,} bytes free", f"{free:,}")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------- finalize
+
+
+def finalize(destination: Destination, *, partial: bool = False) -> Manifest:
+    """Make one data set of all finished tasks: key index, side files of other readers, manifest.
+
+    Raises:
+        Incomplete: tasks have no receipt, and `partial` is not set.
+        DuplicateKey: an image stands in two sources.
+    """
+    plan = read_plan(destination)
+    missing = missing_tasks(destination, plan)
+    if missing and (not partial or len(missing) == len(plan.tasks)):
+        raise Incomplete(
+            destination.where,
+            f"{len(missing):,} of {len(plan.tasks):,} tasks are missing: {ranges(missing)}; run `sa1b-wds convert` again"
+            + ("" if partial else ", or publish the others with `sa1b-wds finalize --partial`"),
+        )
+    done = sorted(set(range(len(plan.tasks))) - set(missing))
+    receipts, files = [], [file_fact(PLAN_NAME, destination.read(PLAN_NAME))]
+    for index in done:
+        data = destination.read(receipt_name(index))
+        receipt = load_receipt(data, destination.place(receipt_name(index)))
+        _check_receipt(destination, receipt, plan.digest, index)
+        receipts.append(receipt)
+        files.append(file_fact(receipt_name(index), data))
+        files += receipt.quarantine
+    shards = [shard for receipt in receipts for shard in receipt.shards]
+    for shard in shards:
+        if (found := destination.size(shard.name)) != shard.bytes:
+            raise StorageError(destination.place(shard.name), "wrong size since its receipt", shard.bytes, found)
+    sources: list[SourceFact | None] = [None] * len(plan.sources)
+    for index, receipt in zip(done, receipts, strict=True):
+        for number, fact in zip(plan.tasks[index].sources, receipt.sources, strict=True):
+            sources[number] = fact
+    sums = totals([s for s in sources if s is not None], shards)
+    made = [(KEYS_NAME, _key_index(destination, plan, [s.name for s in shards]))]
+    made += sidecars.files(plan.digest, sums, shards)
+    for name, data in made:
+        destination.put(name, data)
+        files.append(file_fact(name, data))
+    manifest = Manifest(
+        format=FORMAT,
+        plan=plan.digest,
+        totals=sums,
+        missing_tasks=missing,
+        sources=sources,
+        shards=shards,
+        files=sorted(files, key=lambda f: f.name),
+        digest="",
+    )
+    destination.put(MANIFEST_NAME, manifest.to_bytes())
+    destination.clear_state()
+    return manifest
+
+
+def _key_index(destination: Destination, plan: Plan, shards: list[str]) -> bytes:
+    """`index/keys.bin`; refuses an image that stands in two sources."""
+    rows, keys = [], []
+    for number, name in enumerate(shards):
+        stem = name.removesuffix(".tar")
+        found = np.frombuffer(destination.read(f"index/{stem}.rows"), ROW)
+        key = np.empty(len(found), KEY_ROW)
+        key["image_id"], key["shard"], key["index"] = found["image_id"], number, np.arange(len(found))
+        rows.append(found["source"])
+        keys.append(key)
+    joined, source = np.concatenate(keys), np.concatenate(rows)
+    order = np.argsort(joined["image_id"], kind="stable")
+    joined, source = joined[order], source[order]
+    same = np.flatnonzero(joined["image_id"][1:] == joined["image_id"][:-1])
+    if same.size:
+        i = int(same[0])
+        names = [plan.sources[int(source[j])].name for j in (i, i + 1)]
+        places = [
+            f"{names[j - i]} (now {shards[int(joined['shard'][j])]}, sample {int(joined['index'][j]):,})"
+            for j in (i, i + 1)
+        ]
+        raise DuplicateKey(
+            destination.where,
+            f"sa_{int(joined['image_id'][i])} stands in two sources: {places[0]} and {places[1]}; {same.size:,} keys in all. "
+            "Leave one of the sources out and convert into an empty folder",
+        )
+    return joined.tobytes()
+
+
+def ranges(numbers: list[int]) -> str:
+    """`0,3-5`: as Slurm's --array takes it."""
+    out: list[list[int]] = []
+    for n in numbers:
+        if out and n == out[-1][1] + 1:
+            out[-1][1] = n
+        else:
+            out.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
