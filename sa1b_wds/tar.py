@@ -17,7 +17,7 @@ accounted for: position of the stream = spans + zeros + the sizes in `skipped`.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .errors import FormatError, SourceDamaged
 from .inflate import ByteStream, OnDamage
@@ -32,10 +32,10 @@ _EXTENSION_MAX = 1 << 20  # bytes of a long name or of a PAX header
 _SIZE_MAX = 1 << 40  # bytes of a member
 _SCRATCH = 64 << 10
 _ZERO = bytes(BLOCK)
-_NUMBER = re.compile(rb"(?:\0?) *([0-7]*)(?:[ \0].*)?", re.DOTALL)
+_NUMBER = re.compile(rb"\0? *([0-7]+)(?:[ \0].*)?|[ \0]*", re.DOTALL)
+_NO_END = "the archive has no end"
 _CHECKSUM = re.compile(rb"(?=[ 0-7]{4}[ 0-7\0]{4})")
 _RECORD = re.compile(rb"([0-9]{1,7}) ")
-_LINKS, _DEVICES = b"12", b"346"
 _KEYWORDS = frozenset(("path", "size", "GNU.sparse.name"))
 
 
@@ -75,17 +75,18 @@ class _Back:
         self.broken = False
         self._stream = stream
         self._bytes = memoryview(b"")
-        self._stop: bool | None = None  # what `broken` was where the bytes put back ended short
+        self._at = 0
+        self._stop: bool | None = None  # behind `_bytes` a read comes short, with this `broken`
 
     @property
     def position(self) -> int:
-        return self._stream.position - len(self._bytes)
+        return self._stream.position - len(self._bytes) + self._at
 
     def readinto(self, view: memoryview, /) -> int:
-        have = min(len(self._bytes), len(view))
+        have = min(len(self._bytes) - self._at, len(view))
         if have:
-            view[:have] = self._bytes[:have]
-            self._bytes = self._bytes[have:]
+            view[:have] = self._bytes[self._at : self._at + have]
+            self._at += have
         if have == len(view):
             return have
         if self._stop is not None:
@@ -95,20 +96,22 @@ class _Back:
         self.broken = self._stream.broken
         return have
 
-    def put(self, data: bytes, stop: bool | None) -> None:
-        """Put back the bytes read last; `stop`: they ended in a short read, with this `broken`."""
-        self._bytes = memoryview(data + bytes(self._bytes))
-        if stop is not None:
-            self._stop = stop
+    def put(self, data: bytes, *, short: bool) -> None:
+        """Put back the bytes read last; `short`: the read that gave the last of them came short."""
+        if short:
+            self._stop = self.broken
+        if len(data) <= self._at:
+            self._at -= len(data)
+        else:
+            self._bytes, self._at = memoryview(data + bytes(self._bytes[self._at :])), 0
 
 
-class _Member:
-    """A member's headers, merged."""
+class _Member(NamedTuple):
+    """What a member's headers say together."""
 
-    __slots__ = ("data", "kind", "name", "peek", "size")
-
-    def __init__(self, name: bytes, kind: Kind, size: int, data: bool, peek: bool) -> None:
-        self.name, self.kind, self.size, self.data, self.peek = name, kind, size, data, peek
+    name: bytes
+    kind: Kind
+    size: int
 
 
 class Reader:
@@ -180,145 +183,138 @@ class Reader:
     def _fault(self, offset: int, what: str, expected: object = None, found: object = None) -> SourceDamaged:
         return SourceDamaged(f"{self._stream.where}: byte {offset:,} of the tar", what, expected, found)
 
-    def _fill(self, view: memoryview, what: str) -> None:
-        """Fill `view`, or say where it ends."""
+    def _fill(self, view: memoryview, inside: str) -> None:
+        """Fill `view`, or say what the end of the file cuts."""
         got = self._stream.readinto(view)
         if got < len(view):
-            raise self._cut(what, len(view), got)
+            raise self._cut(inside, len(view), got)
 
-    def _cut(self, what: str, expected: int, found: int) -> SourceDamaged:
+    def _cut(self, inside: str, expected: int, found: int) -> SourceDamaged:
         if self._stream.broken:
             self._phase = None
-            what += " lost with a part of the gzip stream"
+            what = "a part of the gzip stream is lost"
         else:
-            what += " cut by the end of the file"
-        return self._fault(self._stream.position, what, f"{expected:,} bytes", f"{found:,}")
+            what = "the file ends"
+        return self._fault(self._stream.position, f"{what} inside {inside}", f"{expected:,} bytes", f"{found:,}")
 
-    def _block(self, what: str) -> bytes:
+    def _block(self, inside: str) -> bytes:
         """The next 512 bytes."""
         block, self._ahead = self._ahead, None
         if block is None:
             got = self._stream.readinto(self._small[:BLOCK])
             block = bytes(self._small[:got])
-        if len(block) < BLOCK:
-            if not block and what == "header" and not self._stream.broken:
-                raise self._fault(self._stream.position, "no end of the archive", "two zero blocks", "end of file")
-            raise self._cut(what, BLOCK, len(block))
-        return block
+        if len(block) == BLOCK:
+            return block
+        if not block and self._stream.position == self._start and not self._stream.broken:
+            raise self._fault(self._start, _NO_END, "two zero blocks", "end of file")
+        raise self._cut(inside, BLOCK, len(block))
 
-    def _skip(self, size: int, what: str) -> None:
+    def _skip(self, size: int, inside: str) -> None:
         if self._scratch is None:
             self._scratch = memoryview(bytearray(_SCRATCH))
-        while size:
-            n = min(size, _SCRATCH)
-            self._fill(self._scratch[:n], what)
-            size -= n
+        left = size
+        while left:
+            n = min(left, _SCRATCH)
+            got = self._stream.readinto(self._scratch[:n])
+            left -= got
+            if got < n:
+                raise self._cut(inside, size, size - left)
 
     # -- members
 
     def _headers(self) -> _Member | None:
         """Read a member's headers; None for a zero block, which is the first of the end."""
+        if self._phase is None:
+            raise self._fault(self._here(), "a part of the gzip stream is lost")
         longname: bytes | None = None
-        pax = self._globals
+        pax: dict[str, bytes] = {}
         while True:
-            offset = self._here()
-            block = self._block("header")
+            offset, block = self._here(), self._block("a header")
             if block == _ZERO:
-                if offset != self._start:
-                    raise self._fault(offset, "no header behind a long name or PAX header", "a header", "zeros")
-                return None
+                if offset == self._start:
+                    return None
+                raise self._fault(offset, "no header behind a long name or PAX header", "a header", "zeros")
             if not _checks_out(block):
                 raise self._fault(offset, "not a tar header", "a header whose checksum holds", _glimpse(block))
-            kind = block[156:157]
-            size = self._number(block[124:136], offset, "size")
-            if kind in b"LKxXg":
-                if size > _EXTENSION_MAX:
-                    raise self._fault(
-                        offset, "a long name or PAX header is too long", f"at most {_EXTENSION_MAX:,} bytes", size
-                    )
-                room = memoryview(bytearray(size + padding(size)))
-                self._fill(room, "a long name or PAX header is")
-                data = bytes(room[:size])
-                if kind == b"L":
-                    longname = data.split(b"\0", 1)[0]
-                elif kind in b"xX":
-                    pax = {**pax, **self._records(data, offset)}
-                elif kind == b"g":
-                    self._globals = {**self._globals, **self._records(data, offset)}
-                    if offset == self._start:
-                        # Belongs to no member: what follows may as well be the end.
-                        self.spans += self._here() - offset
-                        self._start = self._here()
-                    pax = {**self._globals, **pax}
-                continue
-            break
+            kind, size = block[156:157], self._size(block[124:136], offset)
+            if kind not in b"LKxXg":
+                break
+            data = self._extension(size, offset)
+            if kind == b"L":
+                longname = data.split(b"\0", 1)[0]
+            elif kind in b"xX":
+                pax |= self._records(data, offset)
+            elif kind == b"g":
+                self._globals |= self._records(data, offset)
+                if offset == self._start:  # belongs to no member: what follows may as well be the end
+                    self.spans += self._here() - offset
+                    self._start = self._here()
         name = block[:100].split(b"\0", 1)[0]
+        if kind == b"\0" and name.endswith(b"/"):
+            kind = b"5"  # v7 had no other way to say it
         if block[257:262] == b"ustar" and block[262] != 0x20:
             prefix = block[345:500].split(b"\0", 1)[0]
             if prefix:
                 name = prefix + b"/" + name
         if longname is not None:
             name = longname
+        if self._globals:
+            pax = self._globals | pax
         if pax:
             name = pax.get("GNU.sparse.name", pax.get("path", name))
             if "size" in pax:
                 size = self._decimal(pax["size"], offset)
-        return self._classify(block, name, size, any(key.startswith("GNU.sparse.") for key in pax))
-
-    def _classify(self, block: bytes, name: bytes, size: int, sparse: bool) -> _Member:
-        kind = block[156:157]
-        if kind == b"5" or (kind == b"\0" and name.endswith(b"/")):
-            return _Member(name.rstrip(b"/"), "directory", 0, False, False)
-        if kind in _LINKS:
-            # PAX lets a hard link carry its data; everybody else may write the size and no data.
-            return _Member(name, "link", size if kind == b"1" else 0, False, True)
-        if kind in _DEVICES:
-            return _Member(name, "other", 0, False, False)
+        if kind == b"5":
+            return _Member(name.rstrip(b"/"), "directory", 0)
+        if kind == b"2":
+            return _Member(name, "link", 0)
+        if kind == b"1":
+            # PAX lets a hard link carry its data; others may write a size and no data: `_body` looks at what follows.
+            return _Member(name, "link", size)
+        if kind in b"346":
+            return _Member(name, "other", 0)
         if kind == b"S":
             more = block[482]
             while more:
                 more = self._block("a sparse file's map")[504]
-            sparse = True
-        if sparse:
-            return _Member(name, "sparse", size, False, False)
-        return _Member(name, "file" if kind in b"07\0" else "other", size, kind in b"07\0", False)
+            return _Member(name, "sparse", size)
+        if any(key.startswith("GNU.sparse.") for key in pax):
+            return _Member(name, "sparse", size)
+        return _Member(name, "file" if kind in b"07\0" else "other", size)
 
     def _body(self, member: _Member) -> tuple[Entry | None, memoryview | None]:
-        """Read a member's data, its padding and the next block."""
-        size = member.size
-        if member.peek and size:
-            block = self._block("header")
+        """Read a member's data, its padding and the next block; no entry where (salvage) it turns out to be damaged."""
+        size, shown = member.size, _shown(member.name)
+        if size and member.kind == "link":
+            block = self._block("a header")
             if block == _ZERO or _checks_out(block):
                 self._ahead = block
-                size = 0
-            elif size <= BLOCK:
-                return self._entry(member, size), None
-            else:
-                self._skip(size + padding(size) - BLOCK, f"{_shown(member.name)}: data")
-                return self._entry(member, size), None
+                return self._entry(member, 0), None
+            self._skip(size + padding(size) - BLOCK, shown)
+            return self._entry(member, size), None
         entry = self._entry(member, size)
-        if not size and self._ahead is not None:
-            return entry, None
-        data = self._allocate(entry) if member.data else None
+        data = self._allocate(entry) if member.kind == "file" else None
         before = self._stream.position
         if data is not None:
-            self._fill(data, f"{entry.name}: data")
+            self._fill(data, shown)
         elif size:
-            self._skip(size, f"{entry.name}: data")
+            self._skip(size, shown)
         pad = padding(size)
         got = self._stream.readinto(self._small[: pad + BLOCK])
         self._ahead = bytes(self._small[min(pad, got) : got])
-        if got < pad:
-            if self._back is None:
-                raise self._cut(f"{entry.name}: padding", pad, got)
-            self.skipped.append(Skipped(offset=self._stream.position, size=0, reason="a member's padding is cut"))
-        elif self._back is not None and data is not None and not self._follows():
+        if self._back is None:
+            if got < pad:
+                raise self._cut(f"the padding of {shown}", pad, got)
+            return entry, data
+        if data is not None and not self._follows():
             inner = _find(data, before % BLOCK, before)
             if inner is not None:
                 self._ahead = None
-                self._back.put(bytes(data[inner:]) + bytes(self._small[:got]), None)
-                self._skipped("bytes are missing in a member: its data holds the header of another")
+                self._back.put(bytes(data[inner:]) + bytes(self._small[:got]), short=got < pad + BLOCK)
+                self._passed("bytes are missing in a member: its data holds the header of another")
                 return None, None
+        if got < pad:
+            self._noticed(self._stream.position, _reason(self._cut(f"the padding of {shown}", pad, got)))
         return entry, data
 
     def _follows(self) -> bool:
@@ -331,18 +327,24 @@ class Reader:
         name = member.name.decode("utf-8", "surrogateescape")
         return Entry(name=name, offset=self._start, size=size, kind=member.kind, ordinal=self._ordinal)
 
-    def _number(self, field: bytes, offset: int, what: str) -> int:
-        """A number of a header: octal digits, or base 256 (GNU)."""
+    def _extension(self, size: int, offset: int) -> bytes:
+        """The data of a long name or PAX header."""
+        if size > _EXTENSION_MAX:
+            what = "a long name or PAX header is too long"
+            raise self._fault(offset, what, f"at most {_EXTENSION_MAX:,} bytes", size)
+        room = memoryview(bytearray(size + padding(size)))
+        self._fill(room, "a long name or PAX header")
+        return bytes(room[:size])
+
+    def _size(self, field: bytes, offset: int) -> int:
+        """A header's size: octal digits, or base 256 (GNU)."""
         if field[0] & 0x80:
-            value = int.from_bytes(field, "big") & ~(1 << (8 * len(field) - 1))
-            if field[0] & 0x40:
-                value -= 1 << (8 * len(field) - 1)
-        else:
-            match = _NUMBER.fullmatch(field)
-            if match is None:
-                raise self._fault(offset, f"a member's {what} is not a number", "octal digits", _glimpse(field))
-            value = int(match[1] or b"0", 8)
-        return self._checked(value, offset)
+            value = int.from_bytes(field, "big") & ~(1 << 95)
+            return self._checked(value - (1 << 95) if field[0] & 0x40 else value, offset)
+        match = _NUMBER.fullmatch(field)
+        if match is None:
+            raise self._fault(offset, "a member's size is not a number", "octal digits", _glimpse(field))
+        return self._checked(int(match[1] or b"0", 8), offset)
 
     def _decimal(self, text: bytes, offset: int) -> int:
         if not text.isdigit() or len(text) > 20:
@@ -382,111 +384,92 @@ class Reader:
     # -- the end
 
     def _end(self) -> bool:
-        """Read behind the first zero block; False where (salvage) more members follow."""
-        got = self._stream.readinto(self._small[:BLOCK])
-        block = bytes(self._small[:got])
-        if block != _ZERO:
-            if got < BLOCK and self._stream.broken:
-                self._phase = None
-            damage = self._fault(
-                self._stream.position - got,
-                "one zero block alone, where an archive ends with two",
-                "512 zeros",
-                _glimpse(block) if block else "end of file",
-            )
-            if self._back is None:
-                raise damage
-            if got == BLOCK:
-                self._ahead = block
-            elif self._back is not None:
-                self._back.put(block, self._stream.broken)
-            self._skipped(_reason(damage))
-            return False
-        self._ended = True
-        self.zeros += 2 * BLOCK
+        """Read on behind a first zero block, to the end of the stream; False where (salvage) something follows."""
         if self._scratch is None:
             self._scratch = memoryview(bytearray(_SCRATCH))
+        zeros = BLOCK
         while True:
-            here = self._stream.position
             got = self._stream.readinto(self._scratch)
             chunk = bytes(self._scratch[:got])
-            zeros = len(chunk) - len(chunk.lstrip(b"\0"))
-            if zeros == got:
-                self.zeros += zeros
-                if got == _SCRATCH:
-                    continue
-                if not self._stream.broken:
-                    return True
-                self._phase = None
-                return False
-            zeros -= zeros % BLOCK
-            block = chunk[zeros : zeros + BLOCK]
-            second = len(block) == BLOCK and _checks_out(block)
-            damage = self._fault(
-                here + zeros,
-                "a second archive behind the end" if second else "garbage behind the end",
-                "zeros to the end of the file",
-                _glimpse(block),
-            )
-            if self._back is None:
+            blank = got - len(chunk.lstrip(b"\0"))
+            if blank < got:
+                blank -= blank % BLOCK
+            zeros += blank
+            if blank < got or got < _SCRATCH:
+                break
+        rest = chunk[blank:]
+        behind = self._start + zeros
+        damage = None
+        if zeros < len(END):
+            found = _glimpse(rest) if rest else f"{zeros - BLOCK} and the end of the file"
+            damage = self._fault(behind, "one zero block alone, where an archive ends with two", "512 zeros", found)
+        elif rest:
+            second = len(rest) >= BLOCK and _checks_out(rest[:BLOCK])
+            what = "a second archive behind the end" if second else "garbage behind the end"
+            damage = self._fault(behind, what, "zeros to the end of the file", _glimpse(rest))
+        if self._back is None:
+            if damage is not None:
                 raise damage
             self.zeros += zeros
-            self._back.put(chunk[zeros:], self._stream.broken if got < _SCRATCH else None)
-            if second:
-                self.skipped.append(Skipped(offset=here + zeros, size=0, reason=_reason(damage)))
-            return False
+            return True
+        if rest:
+            self._back.put(rest, short=got < _SCRATCH)
+        elif self._stream.broken:
+            self._phase = None
+        if zeros < len(END) and damage is not None:
+            self._passed(_reason(damage))
+        else:
+            self._ended = True
+            self.zeros += zeros
+            if damage is not None:
+                self._noticed(behind, _reason(damage))
+        return not rest and not self._stream.broken and zeros >= len(END)
 
     # -- salvage
 
-    def _skipped(self, reason: str) -> None:
+    def _passed(self, reason: str) -> None:
+        """Everything from the start of the member to here is passed over."""
         self.skipped.append(Skipped(offset=self._start, size=self._here() - self._start, reason=reason))
+
+    def _noticed(self, offset: int, reason: str) -> None:
+        self.skipped.append(Skipped(offset=offset, size=0, reason=reason))
 
     def _search(self, stream: _Back, damage: SourceDamaged) -> bool:
         """Pass over everything to the next header; False at the end."""
-        start, reason = self._start, _reason(damage)
-        if self._ahead:
-            stream.put(self._ahead, None)
-        self._ahead = None
-        window = memoryview(bytearray(_SCRATCH + BLOCK))
-        have, zeros = 0, 0
+        reason = _reason(damage)
+        window = memoryview(bytearray(BLOCK + _SCRATCH))
+        kept = zeros = 0  # bytes of the look before that may begin a header; zero bytes read last
         while True:
-            here = stream.position - have
-            got = stream.readinto(window[have:])
-            short = got < len(window) - have
-            chunk = bytes(window[: have + got])
+            got = stream.readinto(window[kept:])
+            short = got < len(window) - kept
+            chunk = bytes(window[: kept + got])
+            here = stream.position - len(chunk)
             at = _find(chunk, self._phase, here)
             if at is not None:
-                stream.put(chunk[at:], stream.broken if short else None)
+                stream.put(chunk[at:], short=short)
                 self._phase = (here + at) % BLOCK
-                self._skipped(reason)
+                self._passed(reason)
                 return True
-            tail = len(chunk[have:]) - len(chunk[have:].rstrip(b"\0"))
-            zeros = tail if tail < got else zeros + got
+            solid = len(chunk[kept:].rstrip(b"\0"))
+            zeros = got - solid if solid else zeros + got
+            kept = 0
             if not short:
-                have = BLOCK - 1
-                window[:have] = chunk[-have:]
-                continue
-            have = 0
-            if stream.broken:
+                kept = BLOCK - 1
+                window[:kept] = chunk[-kept:]
+            elif stream.broken:
                 self._phase = None
                 zeros = 0
-                continue
-            break
+            else:
+                break
         end = stream.position
-        zeros = min(zeros, end - start)
-        first = end - zeros
-        first += -(first - (self._phase or 0)) % BLOCK
-        if end - first >= len(END):
-            self.zeros += end - first
-            self.skipped.append(Skipped(offset=start, size=first - start, reason=reason))
-        else:
-            self.skipped.append(Skipped(offset=start, size=end - start, reason=reason))
-            if not self._ended and "no end of the archive" not in reason:
-                self.skipped.append(
-                    Skipped(
-                        offset=end, size=0, reason="no end of the archive: expected two zero blocks, found end of file"
-                    )
-                )
+        first = end - min(zeros, end - self._start)
+        first += (self._phase or 0) - first & BLOCK - 1
+        if end - first < len(END):
+            first = end
+        self.zeros += end - first
+        self.skipped.append(Skipped(offset=self._start, size=first - self._start, reason=reason))
+        if first == end and not self._ended and _NO_END not in reason:
+            self._noticed(end, f"{_NO_END}: expected two zero blocks, found end of file")
         return False
 
 
@@ -551,7 +534,9 @@ def _glimpse(data: bytes) -> str:
 
 
 def _shown(name: bytes) -> str:
-    return name.decode("utf-8", "replace")
+    """A name, for a message: one line, harmless to a terminal, never long."""
+    text = name[:200].decode("utf-8", "surrogateescape")
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _reason(damage: SourceDamaged) -> str:
