@@ -1,7 +1,7 @@
 """What a person sees while tasks run: a bar with rate and time left on a terminal, a line a shard in a batch log."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
@@ -89,3 +89,18 @@ def display(plan: Plan, tasks: list[int], out: TextIO = sys.stderr) -> Iterator[
     )
     with Progress(*columns, console=Console(file=out)) as bar:
         yield Display(plan, tasks, out, bar)
+
+
+@contextmanager
+def bytes_display(what: str, out: TextIO = sys.stderr) -> Iterator[Callable[[int, int], None]]:
+    """A callback (bytes done, bytes in all) that moves a bar on a terminal, and says nothing elsewhere."""
+    if not out.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=out), transient=True) as bar:
+        row = bar.add_task(what)
+        yield lambda done, total: bar.update(row, completed=done, total=total)

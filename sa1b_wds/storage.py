@@ -42,8 +42,10 @@ class Raw(Protocol):
 def translated(error: OSError, where: str) -> StorageError:
     """The error of this project that says what an OSError means."""
     match error.errno:
-        case errno.ENOENT | errno.ENOTDIR:
+        case errno.ENOENT:
             return NotFound(where, "no such file or folder")
+        case errno.ENOTDIR:
+            return NotFound(where, "a part of this path is a file, not a folder")
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return Denied(where, f"{os.strerror(error.errno).lower()}: check the owner and the mode of the folder")
         case errno.ENOSPC | errno.EDQUOT:

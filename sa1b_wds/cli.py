@@ -1,0 +1,509 @@
+"""The command line: options from flags and a config file, one line for every error, exit codes 0 to 3.
+
+0 done · 1 the data or the storage · 2 the call or its config · 3 `verify` found a difference · 130 Ctrl-C.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from .config import parse_size, section
+from .errors import DataError, Different, PlanMismatch, Sa1bError, UsageError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from .convert import Job
+    from .plan import Plan
+
+HELP = """Turn SA-1B's tars into training-ready WebDataset shards, and check, inspect and undo the result.
+
+Every option may stand in a TOML file given with --config; the command line wins. Sizes are written 512MiB, 1GiB or
+in plain bytes. Sources are paths, folders of tars, or paths with braces: 'sa_0000{00..49}.tar'.
+"""
+
+app = App(
+    name="sa1b-wds", help=HELP, help_format="plaintext", version_flags=["--version"], result_action="return_value"
+)
+
+Config = Annotated[Path | None, Parameter(help="A TOML file with options; see configs/local.toml.")]
+Out = Annotated[str | None, Parameter(help="The folder of the data set.")]
+Size = Annotated[str | None, Parameter()]
+ConvertSources = Annotated[list[str] | None, Parameter(help="Source tars, folders of them, or paths with braces.")]
+
+_PLANNING = {"shard_size": "1GiB", "mix": 4, "seed": 0, "assume_size": None}
+
+
+def _settings(tables: str, file: Path | None, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Options from the command line, else from the file, else their defaults."""
+    found = section(file, *tables.split()) if file else {}
+    return {k: v if v is not None else found.get(k, defaults.get(k)) for k, v in given.items()}
+
+
+def _required(value: Any, option: str) -> Any:
+    if value is None or value == []:
+        raise UsageError(option, "is missing: give it on the command line or in the config file")
+    return value
+
+
+def _bytes(value: str | int | None, option: str) -> int:
+    try:
+        return parse_size(value) if value is not None else 0
+    except ValueError as error:
+        raise UsageError(option, str(error)) from None
+
+
+@app.command
+def synth(
+    out: str | None = None,
+    /,
+    *,
+    tars: int | None = None,
+    samples: int | None = None,
+    plain: bool | None = None,
+    seed: int | None = None,
+    workers: int | None = None,
+    config: Config = None,
+) -> None:
+    """Make synthetic SA-1B tars in Meta's layout, to try everything without the data.
+
+    Example: sa1b-wds synth demo/tars --tars 2 --samples 100
+
+    Parameters
+    ----------
+    out
+        The folder to write sa_000000.tar, sa_000001.tar, … into.
+    tars
+        How many (2).
+    samples
+        Images a tar (100).
+    plain
+        Plain tar instead of gzip under `.tar`, which is what Meta published.
+    seed
+        The same seed gives the same bytes (0).
+    workers
+        Processes (1).
+    """
+    from .progress import megabytes
+    from .synth import synthesise
+
+    given = {"out": out, "tars": tars, "samples": samples, "plain": plain, "seed": seed, "workers": workers}
+    s = _settings("synth", config, given, {"tars": 2, "samples": 100, "plain": False, "seed": 0, "workers": 1})
+    folder = Path(_required(s.pop("out"), "OUT"))
+    begun = time.monotonic()
+    made = synthesise(folder, **s)
+    size = sum(path.stat().st_size for path in made)
+    images = len(made) * s["samples"]
+    _say(f"{folder}: {len(made):,} tars, {images:,} images, {megabytes(size)} in {time.monotonic() - begun:.1f} s")
+
+
+@app.command
+def plan(
+    sources: ConvertSources = None,
+    /,
+    *,
+    out: Out = None,
+    shard_size: Size = None,
+    mix: int | None = None,
+    seed: int | None = None,
+    assume_size: Size = None,
+    dry_run: bool = False,
+    config: Config = None,
+) -> None:
+    """Decide which task reads which sources and writes which shards, and write DEST/plan.json.
+
+    Example: sa1b-wds plan /data/sa1b --out /data/shards --dry-run
+
+    Parameters
+    ----------
+    sources
+        Source tars, folders of them, or paths with braces.
+    shard_size
+        Bytes a shard should have (1GiB); moved by up to a tenth so that all shards of the run are as equal as possible.
+    mix
+        Source tars that a task reads together, and mixes in its shards (4).
+    seed
+        Of the grouping (0).
+    assume_size
+        Bytes to assume for a source whose size cannot be asked for.
+    dry_run
+        Print the plan and write nothing.
+    """
+    s = _settings("plan", config, {"sources": sources, "out": out, "shard_size": shard_size, "mix": mix, "seed": seed,
+                                   "assume_size": assume_size}, _PLANNING)  # fmt: skip
+    from .convert import write_plan
+    from .storage import Destination
+
+    out, made, _ = _plan(s)
+    _say_plan(made)
+    if dry_run:
+        _say("dry run: nothing written")
+        return
+    destination = Destination(out)
+    write_plan(destination, made)
+    _say(f"written: {destination.place('plan.json')}")
+
+
+def _plan(s: dict[str, Any]) -> "tuple[str, Plan, dict[str, str]]":
+    """The destination, the plan and where its sources lie."""
+    from .convert import plan_sources, survey
+
+    out, sources = str(_required(s["out"], "--out")), _required(s["sources"], "SOURCES")
+    size = _bytes(s["shard_size"], "--shard-size")
+    assumed = _bytes(s["assume_size"], "--assume-size") or None
+    found = survey(sources, assumed)
+    made = plan_sources(found, shard_size=size, mix=s["mix"], seed=s["seed"])
+    return out, made, {name: url for name, (url, _) in found.items()}
+
+
+def _say_plan(made: "Plan") -> None:
+    from .progress import megabytes
+
+    sizes = made.expected_sizes()
+    total = sum(source.size for source in made.sources)
+    _say(
+        f"{len(made.sources):,} sources, {megabytes(total)} → {made.shards:,} shards of about {megabytes(total / made.shards)} "
+        f"in {len(made.tasks):,} tasks; largest/smallest expected {max(sizes) / min(sizes):.3f}"
+    )
+
+
+@app.command
+def convert(
+    sources: ConvertSources = None,
+    /,
+    *,
+    out: Out = None,
+    task: Annotated[
+        str | None,
+        Parameter(help="One task of a written plan: its number, or auto (from the batch system's variables)."),
+    ] = None,
+    workers: int | None = None,
+    engine: Literal["local"] | None = None,
+    shard_size: Size = None,
+    mix: int | None = None,
+    seed: int | None = None,
+    assume_size: Size = None,
+    on_damage: Literal["fail", "salvage"] | None = None,
+    pairing_buffer: Size = None,
+    scratch: Path | None = None,
+    max_quarantine: float | None = None,
+    config: Config = None,
+) -> None:
+    """Convert source tars into shards: plan, all tasks that are not done yet, finalize. Run it again to go on.
+
+    Example: sa1b-wds convert /data/sa1b --out /data/shards --workers 8
+    Example: sa1b-wds convert /data/sa1b --out /data/shards --task auto      (inside an array job; then finalize)
+
+    Parameters
+    ----------
+    sources
+        Source tars, folders of them, or paths with braces.
+    workers
+        Processes, each with threads of its own (half the cores).
+    engine
+        What runs the tasks.
+    shard_size
+        Bytes a shard should have (1GiB).
+    mix
+        Source tars that a task reads together, and mixes in its shards (4).
+    seed
+        Of the grouping of sources (0).
+    assume_size
+        Bytes to assume for a source whose size cannot be asked for.
+    on_damage
+        A source that cannot be read to its end: fail (say where), or salvage what stands around the damage.
+    pairing_buffer
+        Bytes of members that may wait for their partner in memory, for each worker (512MiB).
+    scratch
+        The folder, on a local disk, where more of them wait ($SLURM_TMPDIR, $TMPDIR, /tmp).
+    max_quarantine
+        Share of a task's members that may be unusable (0.001).
+    """
+    from . import engines
+    from .convert import Job, Options, finalize, missing_tasks, read_plan, write_plan
+    from .storage import Destination, expand, name_of
+
+    given = {"sources": sources, "out": out, "workers": workers, "engine": engine, "shard_size": shard_size, "mix": mix,
+             "seed": seed, "assume_size": assume_size, "on_damage": on_damage, "pairing_buffer": pairing_buffer,
+             "scratch": scratch, "max_quarantine": max_quarantine}  # fmt: skip
+    defaults = _PLANNING | {"on_damage": "fail", "pairing_buffer": "512MiB", "max_quarantine": 0.001, "engine": "local"}
+    s = _settings("plan convert", config, given, defaults)
+    if task is None:
+        out, made, locations = _plan(s)
+        destination = Destination(out)
+        write_plan(destination, made)
+    else:
+        destination = Destination(str(_required(s["out"], "--out")))
+        made = read_plan(destination)
+        _same_options(destination.place("plan.json"), made, shard_size=shard_size, mix=mix, seed=seed)
+        # The other tasks' sources need not be within reach of this machine.
+        locations = {name_of(url): url for url in expand(_required(s["sources"], "SOURCES"))}
+    options = Options(
+        on_damage=s["on_damage"],
+        pairing_buffer=_bytes(s["pairing_buffer"], "--pairing-buffer"),
+        scratch=Path(s["scratch"]) if s["scratch"] else None,
+        max_quarantine=s["max_quarantine"],
+    )
+    job = Job(destination=destination, plan=made, locations=locations, options=options)
+    if task is None:
+        tasks = missing_tasks(destination, made)
+        _say_plan(made)
+        if len(tasks) < len(made.tasks):
+            _say(f"{len(made.tasks) - len(tasks):,} of {len(made.tasks):,} tasks are done already")
+    else:
+        tasks = tasks_of(task, len(made.tasks), os.environ)
+    count = s["workers"] or max(1, engines.cores() // 2)
+    _run(job, tasks, count)
+    if task is None:
+        manifest = finalize(destination)
+        sizes = [shard.bytes for shard in manifest.shards]
+        _say(
+            f"{destination.where}: {manifest.totals.samples:,} images, {manifest.totals.annotations:,} masks in "
+            f"{len(sizes):,} shards; largest/smallest {max(sizes) / min(sizes):.3f}; "
+            f"{manifest.totals.quarantined:,} members quarantined"
+        )
+
+
+def _same_options(where: str, made: "Plan", *, shard_size: str | None, mix: int | None, seed: int | None) -> None:
+    """A task takes its options from the plan; those said again on its command line must be the same."""
+    size = _bytes(shard_size, "--shard-size") if shard_size is not None else None
+    for option, here, there in (
+        ("--shard-size", size, made.shard_size),
+        ("--mix", mix, made.mix),
+        ("--seed", seed, made.seed),
+    ):
+        if here is not None and here != there:
+            raise PlanMismatch(where, f"another plan is there: {option} is {there:,} in it, {here:,} here")
+
+
+def _run(job: "Job", tasks: list[int], workers: int) -> None:
+    from . import engines
+    from .progress import display
+
+    failures: list[engines.Failure] = []
+    with display(job.plan, tasks) as shown:
+        for ended in engines.pool(workers)(job, tasks, shown.report) if tasks else ():
+            if isinstance(ended, engines.Failure):
+                failures.append(ended)
+                _complain(ended.error)
+            else:
+                shown.ended(ended)
+    if failures:
+        if len(tasks) == 1:
+            raise SystemExit(failures[0].error.exit_code)
+        from .convert import ranges
+
+        numbers = ranges(sorted(f.task for f in failures))
+        raise DataError(job.destination.where, f"{len(failures):,} of {len(tasks):,} tasks failed: {numbers}")
+
+
+INDEX_VARIABLES = ("SLURM_ARRAY_TASK_ID", "AWS_BATCH_JOB_ARRAY_INDEX", "JOB_COMPLETION_INDEX", "CLOUD_RUN_TASK_INDEX")
+_COUNT_VARIABLES = {"SLURM_ARRAY_TASK_ID": "SLURM_ARRAY_TASK_COUNT", "CLOUD_RUN_TASK_INDEX": "CLOUD_RUN_TASK_COUNT"}
+
+
+def tasks_of(task: str, tasks: int, environment: Mapping[str, str]) -> list[int]:
+    """The tasks that `--task` means: one number, or what this job of an array has to do.
+
+    With fewer jobs n than tasks, job i does i, i + n, … where the batch system says how many jobs there are.
+    """
+    if task != "auto":
+        if not task.isascii() or not task.isdigit() or int(task) >= tasks:
+            raise UsageError("--task", "not a task of the plan", f"auto, or 0 to {tasks - 1:,}", task)
+        return [int(task)]
+    found = [name for name in INDEX_VARIABLES if environment.get(name, "") != ""]
+    if len(found) != 1:
+        what = "none of them is set" if not found else " and ".join(found) + " are set"
+        raise UsageError("--task auto", f"takes the index from one of {', '.join(INDEX_VARIABLES)}, but {what}")
+    name = found[0]
+    if not environment[name].isdigit():
+        raise UsageError(name, "not an index", "0, 1, 2, …", environment[name])
+    index = int(environment[name])
+    jobs = environment.get("SA1B_WDS_JOBS") or environment.get(_COUNT_VARIABLES.get(name, ""), "")
+    if not jobs.isdigit() or int(jobs) >= tasks or int(jobs) < 1:
+        if index >= tasks:
+            raise UsageError(name, "beyond the plan's tasks", f"0 to {tasks - 1:,}", index)
+        return [index]
+    return list(range(index, tasks, int(jobs)))
+
+
+@app.command
+def status(dest: str, /, *, json: bool | None = None, config: Config = None) -> None:
+    """Which tasks are done, running, failed or missing; from the destination alone.
+
+    Example: sa1b-wds status /data/shards
+
+    Parameters
+    ----------
+    json
+        For programs.
+    """
+    import msgspec
+
+    from .status import array_of, read_status
+    from .storage import Destination
+
+    as_json = _settings("status", config, {"json": json}, {})["json"]
+    statuses = read_status(Destination(dest), now=time.time())
+    counts = {k: sum(x.state == k for x in statuses) for k in ("done", "running", "stale", "failed", "missing")}
+    rest = array_of(statuses)
+    if as_json:
+        rows = [{"task": x.task, "state": x.state, "beat": x.beat} for x in statuses]
+        _say(msgspec.json.encode({"counts": counts, "left": rest, "tasks": rows}).decode())
+        return
+    _say(", ".join(f"{v:,} {k}" for k, v in counts.items()))
+    for x in statuses:
+        if x.beat is not None:
+            b = x.beat
+            share = b.bytes_read / max(b.bytes_total, 1)
+            rate = b.bytes_read / max(b.now - b.started, 1e-9) / 1e6
+            _say(
+                f"task {x.task} {x.state}: {b.host} pid {b.pid}, {share:.0%}, {rate:.0f} MB/s"
+                + (f": {b.error}" if b.error else "")
+            )
+    if rest:
+        _say(f"left: --array={rest}")
+
+
+@app.command(name="finalize")
+def finalize_(dest: str, /, *, partial: bool | None = None, config: Config = None) -> None:
+    """Make one data set of all finished tasks: key index, side files, manifest.
+
+    Example: sa1b-wds finalize /data/shards
+
+    Parameters
+    ----------
+    partial
+        Publish without the tasks that are missing; the manifest lists them.
+    """
+    from .convert import finalize
+    from .storage import Destination
+
+    s = _settings("finalize", config, {"partial": partial}, {"partial": False})
+    made = finalize(Destination(dest), partial=s["partial"])
+    _say(
+        f"{dest}: {made.totals.samples:,} images, {made.totals.annotations:,} masks in {made.totals.shards:,} shards"
+        + (f"; {len(made.missing_tasks):,} tasks missing" if made.missing_tasks else "")
+    )
+
+
+@app.command
+def verify(
+    dest: str,
+    /,
+    *,
+    deep: bool | None = None,
+    against: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    workers: int | None = None,
+    config: Config = None,
+) -> None:
+    """Hold the data set against its manifest; exit 3 and a list where it differs.
+
+    Example: sa1b-wds verify /data/shards
+    Example: sa1b-wds verify /data/shards --deep --against /data/sa1b
+
+    Parameters
+    ----------
+    deep
+        Parse every member, decode every RLE, recompute areas, hold jpg headers against the annotations.
+    against
+        The source tars: every member found again, equal.
+    workers
+        Processes.
+    """
+    from . import verify as checks
+    from .progress import bytes_display
+    from .storage import Destination
+
+    given = {"deep": deep, "against": against, "workers": workers}
+    s = _settings("verify", config, given, {"deep": False, "workers": 1})
+    with bytes_display("verifying") as report:
+        found = checks.verify(Destination(dest), report=report, **s)
+    for difference in found:
+        _say(str(difference))
+    if found:
+        raise Different(dest, f"{len(found):,} differences")
+    _say(f"{dest}: no difference")
+
+
+@app.command
+def restore(dest: str, /, *, out: str | None = None, config: Config = None) -> None:
+    """Write the source tars again: every jpg and json byte for byte, pairs adjacent.
+
+    Example: sa1b-wds restore /data/shards --out /data/tars
+
+    Parameters
+    ----------
+    out
+        The folder for the tars.
+    """
+    from .progress import bytes_display
+    from .restore import restore as run
+    from .storage import Destination
+
+    folder = Path(_required(_settings("restore", config, {"out": out}, {})["out"], "--out"))
+    with bytes_display("restoring") as report:
+        done = run(Destination(dest), folder, report=report)
+    _say(f"{folder}: {done}")
+
+
+@app.command
+def stats(dest: str, /, *, json: bool | None = None, config: Config = None) -> None:
+    """Totals and distributions: bytes and samples a shard, masks an image, counts length, scores.
+
+    Example: sa1b-wds stats /data/shards
+
+    Parameters
+    ----------
+    json
+        For programs.
+    """
+    import msgspec
+
+    from . import report
+    from .storage import Destination
+
+    as_json = _settings("stats", config, {"json": json}, {})["json"]
+    found = report.statistics(Destination(dest))
+    _say(msgspec.json.encode(found).decode() if as_json else report.table(found))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201  this is what the command is for
+
+
+def _complain(error: Sa1bError) -> None:
+    print(f"sa1b-wds: {error}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _stop(number: int, frame: "FrameType | None") -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        print(f"sa1b-wds: {' '.join(str(error).split())} (see sa1b-wds --help)", file=sys.stderr)  # noqa: T201
+        return 2
+    except Sa1bError as error:
+        _complain(error)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        print("sa1b-wds: stopped; run the same command again to go on", file=sys.stderr)  # noqa: T201
+        return 130
+    return 0
+
+
+def run() -> None:
+    sys.exit(main())
