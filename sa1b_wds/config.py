@@ -1,179 +1,335 @@
-"""Options from a TOML file: `--config FILE` of every command.
+"""Options of every command: one schema each, from a TOML file and the command line, checked key by key.
 
-A file has a table for each command. Decoding is validation: an unknown key or a wrong type is one line that names the
-file, the key's path, what was expected and what was found. What stands on the command line wins.
+A file has a section a command. The command line wins over the file, the file over the defaults that stand here. Two
+things need saying only once: `[convert]` takes what it lacks from `[plan]` (it plans first), and a command that works
+on a data set takes `out` of `[plan]` for its `dest`.
+
+Every mistake is one line, with the file and the key:
+
+    configs/x.toml: convert.workers: expected int >= 1, found str "four"
+    configs/x.toml: convert.wrokers: unknown key, did you mean workers?
 """
 
 import difflib
+import json
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import msgspec
+from msgspec import Meta, Struct, inspect
 
-from .errors import ConfigError
+from .errors import ConfigError, Sa1bError, UsageError
 
-_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+__all__ = [
+    "SECTIONS", "Convert", "Finalize", "Plan", "Restore", "Section", "Size", "Stats", "Status", "Stream",
+    "Synth", "Verify", "load", "parse_size", "section",
+]  # fmt: skip
 
-Size = str | int
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Seed = Annotated[int, msgspec.Meta(ge=0)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-
-
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class Synth(_Section):
-    """[synth]"""
-
-    out: str | None = None
-    tars: Count | None = None
-    samples: Count | None = None
-    plain: bool | None = None
-    seed: Seed | None = None
-    workers: Count | None = None
-
-
-class Plan(_Section):
-    """[plan]; `convert` takes these too, so they are written once."""
-
-    sources: list[str] | None = None
-    out: str | None = None
-    shard_size: Size | None = None
-    mix: Annotated[int, msgspec.Meta(ge=1, le=64)] | None = None
-    seed: Seed | None = None
-    assume_size: Size | None = None
-
-
-class Convert(_Section):
-    """[convert]"""
-
-    workers: Count | None = None
-    engine: Literal["local"] | None = None
-    on_damage: Literal["fail", "salvage"] | None = None
-    pairing_buffer: Size | None = None
-    scratch: str | None = None
-    max_quarantine: Share | None = None
-
-
-class Finalize(_Section):
-    """[finalize]"""
-
-    partial: bool | None = None
-
-
-class Verify(_Section):
-    """[verify]"""
-
-    deep: bool | None = None
-    against: list[str] | None = None
-    workers: Count | None = None
-
-
-class Restore(_Section):
-    """[restore]"""
-
-    out: str | None = None
-
-
-class Stats(_Section):
-    """[stats]"""
-
-    json: bool | None = None
-
-
-class Status(_Section):
-    """[status]"""
-
-    json: bool | None = None
-
-
-class File(_Section):
-    """A config file."""
-
-    synth: Synth = msgspec.field(default_factory=Synth)
-    plan: Plan = msgspec.field(default_factory=Plan)
-    convert: Convert = msgspec.field(default_factory=Convert)
-    finalize: Finalize = msgspec.field(default_factory=Finalize)
-    verify: Verify = msgspec.field(default_factory=Verify)
-    restore: Restore = msgspec.field(default_factory=Restore)
-    stats: Stats = msgspec.field(default_factory=Stats)
-    status: Status = msgspec.field(default_factory=Status)
-
-
-def load(path: Path) -> File:
-    """A config file, checked.
-
-    Raises:
-        ConfigError: it cannot be read, is no TOML, or has an unknown key or a wrong type.
-    """
-    try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(str(path), (error.strerror or "cannot be read").lower()) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"not TOML: {error}") from None
-    _check_names(path, values)
-    try:
-        loaded = msgspec.convert(values, File)
-    except msgspec.ValidationError as error:
-        what, _, at = str(error).partition(" - at `$")
-        key = at.strip("`").lstrip(".")
-        raise ConfigError(f"{path}: {key}" if key else str(path), what[0].lower() + what[1:]) from None
-    for name, value in _sizes(values):
-        try:
-            parse_size(value)
-        except ValueError as error:
-            raise ConfigError(f"{path}: {name}", str(error)) from None
-    return loaded
-
-
-def section(path: Path, *names: str) -> dict[str, Any]:
-    """The options that stand in one or more tables of a file, by name; later tables win.
-
-    Raises:
-        ConfigError: see `load`.
-    """
-    file, found = load(path), {}
-    for name in names:
-        found |= {k: v for k, v in msgspec.structs.asdict(getattr(file, name)).items() if v is not None}
-    return found
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
+}  # fmt: skip
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of `1GiB`, `512MiB`, `10MB` or a plain number; ValueError says what is wrong."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text), re.ASCII)
-    if not match or match[2] not in _UNITS:
-        raise ValueError(f'not a size: expected something like "512MiB", found {text!r}')
-    size = float(match[1]) * _UNITS[match[2]]
-    if size < 1 or size != int(size):
-        raise ValueError(f"not a size: expected a whole number of bytes, at least 1, found {text!r}")
-    return int(size)
+    """Bytes of "512MiB", "1.5 GiB", "100MB", "4096" or 4096.
+
+    Raises:
+        ValueError: anything else; the message says what a size looks like.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", str(text).strip())
+    if isinstance(text, bool) or not found or found[2] not in _UNITS or ("." in found[1] and not found[2]):
+        raise ValueError(f"not a size: {text!r}; write 512MiB, 1GiB, 100MB or whole bytes")
+    whole, _, part = found[1].partition(".")
+    unit = _UNITS[found[2]]
+    return int(whole) * unit + (int(part) * unit // 10 ** len(part) if part else 0)
 
 
-def _check_names(path: Path, values: dict[str, Any]) -> None:
-    tables = {f.name: f.type for f in msgspec.structs.fields(File)}
-    for table, content in values.items():
-        if table not in tables:
-            raise ConfigError(f"{path}: {table}", f"unknown key{_like(table, list(tables))}")
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path}: {table}", "expected a table", f"[{table}]", repr(content))
-        known = [f.name for f in msgspec.structs.fields(tables[table])]
-        for key in content:
-            if key not in known:
-                raise ConfigError(f"{path}: {table}.{key}", f"unknown key{_like(key, known)}")
+class Size(int):
+    """Bytes, written as `parse_size` reads them."""
 
 
-def _like(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f", did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+Count = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 
 
-def _sizes(values: dict[str, Any]) -> list[tuple[str, Any]]:
-    names = ("shard_size", "assume_size", "pairing_buffer")
-    return [(f"{t}.{k}", v) for t, content in values.items() for k, v in content.items() if k in names]
+# ---- the options -----------------------------------------------------------------------------------------------------
+
+
+class Section(Struct, frozen=True, kw_only=True):
+    """The options of one command."""
+
+    SECTION: ClassVar[str] = ""
+
+
+class _Planning(Section, frozen=True, kw_only=True):
+    sources: list[str] = []
+    """Source tars, folders of them, or names with braces."""
+    out: str | None = None
+    """The data set: a folder."""
+    shard_size: Size = Size(1 << 30)
+    """Bytes of a shard; moved by up to a tenth so that all are as equal as possible."""
+    mix: Count = 4
+    """Source tars that a task reads together."""
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    """Of the grouping of sources."""
+    assume_size: Size | None = None
+    """Bytes of a source whose size cannot be asked for."""
+
+
+class Plan(_Planning, frozen=True, kw_only=True):
+    SECTION: ClassVar[str] = "plan"
+
+    dry_run: bool = False
+    """Print the plan and write nothing."""
+
+
+class Convert(_Planning, frozen=True, kw_only=True):
+    SECTION: ClassVar[str] = "convert"
+
+    workers: Count | None = None
+    """Processes; None: half the cores."""
+    engine: Literal["local"] = "local"
+    """What runs the tasks."""
+    on_damage: Literal["fail", "salvage"] = "fail"
+    """What is done about a source that cannot be read to its end."""
+    pairing_buffer: Size = Size(512 << 20)
+    """Bytes of members that may wait in memory for their partner, a worker."""
+    scratch: Path | None = None
+    """Folder on a local disk where more of them wait; None: $SLURM_TMPDIR, $TMPDIR or /tmp."""
+    max_quarantine: Share = 0.001
+    """Share of a task's members that may be unusable."""
+
+
+class Status(Section, frozen=True, kw_only=True):
+    SECTION: ClassVar[str] = "status"
+
+    dest: str | None = None
+    """The data set."""
+    json: bool = False
+    """Print JSON."""
+
+
+class Finalize(Section, frozen=True, kw_only=True):
+    SECTION: ClassVar[str] = "finalize"
+
+    dest: str | None = None
+    """The data set."""
+    partial: bool = False
+    """Publish without the tasks that are missing."""
+
+
+class Verify(Section, frozen=True, kw_only=True):
+    SECTION: ClassVar[str] = "verify"
+
+    dest: str | None = None
+    """The data set."""
+    deep: bool = False
+    """Parse every member, decode every RLE."""
+    against: list[str] = []
+    """Source tars whose every member must be found again."""
+    workers: Count = 1
+    """Processes."""
+
+
+class Restore(Section, frozen=True, kw_only=True):
+    SECTION: ClassVar[str] = "restore"
+
+    dest: str | None = None
+    """The data set."""
+    out: Path | None = None
+    """Folder for the tars."""
+
+
+class Stats(Section, frozen=True, kw_only=True):
+    SECTION: ClassVar[str] = "stats"
+
+    dest: str | None = None
+    """The data set."""
+    json: bool = False
+    """Print JSON."""
+
+
+class Synth(Section, frozen=True, kw_only=True):
+    SECTION: ClassVar[str] = "synth"
+
+    out: Path | None = None
+    """Folder for the tars."""
+    tars: Count = 2
+    """How many."""
+    samples: Count = 100
+    """Images a tar."""
+    plain: bool = False
+    """No gzip."""
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    """The same seed gives the same bytes."""
+    workers: Count = 1
+    """Processes."""
+
+
+class Stream(Section, frozen=True, kw_only=True):
+    SECTION: ClassVar[str] = "stream"
+
+    dest: str | None = None
+    """The data set."""
+    batch_size: Count = 8
+    """Images a batch and rank."""
+    image_size: Count = 1024
+    """Longest side of an image, in pixels."""
+    mask_size: Count = 256
+    """Side of a mask, in pixels."""
+    masks_per_image: Count | None = 64
+    """Masks drawn of an image; None: all."""
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    """Of the order and of the choice of masks."""
+    threads: Count | None = None
+    """Decode threads; None: one a core."""
+    drop_last: bool = True
+    """Leave out the last, incomplete batch."""
+
+
+SECTIONS: dict[str, type[Section]] = {
+    schema.SECTION: schema for schema in (Plan, Convert, Status, Finalize, Verify, Restore, Stats, Synth, Stream)
+}
+"""By name: every section that a file may have."""
+
+S = TypeVar("S", bound=Section)
+
+
+# ---- reading them ----------------------------------------------------------------------------------------------------
+
+
+def load(file: Path | None, schema: type[S], /, **given: object) -> S:
+    """All options of one command.
+
+    Args:
+        file: a TOML file, or None.
+        schema: `Convert`, `Verify`, …
+        given: what the command line says; None where it says nothing.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key in any of its sections is unknown or of the wrong type.
+        UsageError: a value of `given` is of the wrong type; names the option (`--shard-size`).
+    """
+    values = section(file, schema.SECTION) if file is not None else {}
+    types = _types(schema)
+    for key, value in given.items():
+        if value is not None:
+            values[key] = _checked(value, types[key], lambda _, key=key: ("--" + key.replace("_", "-"), ""), UsageError)
+    return schema(**values)
+
+
+def section(file: Path, name: str) -> dict[str, Any]:
+    """What the file says for one command: the keys that are there, checked and in the types of the schema.
+
+    Raises:
+        ConfigError: as `load`. All sections are checked, not this one alone.
+    """
+    tables = {key: _table(file, key, table) for key, table in _parse(file).items()}
+    fields = SECTIONS[name].__struct_fields__
+    planned = tables.get("plan", {})
+    found = {key: planned[key] for key in fields if key in planned} if name == "convert" else {}
+    if "dest" in fields and "out" in planned:
+        found["dest"] = planned["out"]
+    return found | tables.get(name, {})
+
+
+def _parse(file: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(file.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(str(file), f"cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(file), f"is not UTF-8, at byte {error.start:,}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(str(file), f"is not TOML: {' '.join(str(error).split())}") from error
+
+
+def _table(file: Path, name: str, table: object) -> dict[str, Any]:
+    if name not in SECTIONS:
+        if not isinstance(table, dict):
+            homes = _homes(name)
+            raise ConfigError(
+                str(file), f"{name}: stands in no section" + (f"; it belongs in {homes}" if homes else "")
+            )
+        raise ConfigError(str(file), f"[{name}]: unknown section, {_hint(name, SECTIONS)}")
+    if not isinstance(table, dict):
+        raise ConfigError(str(file), name, "a section", _shown(table))
+    types = _types(SECTIONS[name])
+    found = {}
+    for key, value in table.items():
+        if key not in types:
+            homes = _homes(key)
+            what = f"unknown key; it belongs in {homes}" if homes else f"unknown key, {_hint(key, types)}"
+            raise ConfigError(str(file), f"{name}.{key}: {what}")
+        found[key] = _checked(value, types[key], lambda path, key=key: (str(file), f"{name}.{key}{path}"), ConfigError)
+    return found
+
+
+def _types(schema: type[Section]) -> dict[str, Any]:
+    hints = get_type_hints(schema, include_extras=True)
+    return {name: hints[name] for name in schema.__struct_fields__}
+
+
+def _homes(key: str) -> str:
+    return " or ".join(f"[{name}]" for name, schema in SECTIONS.items() if key in schema.__struct_fields__)
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+
+
+def _checked(value: Any, kind: Any, place: Any, error: type[Sa1bError]) -> Any:
+    try:
+        return msgspec.convert(value, kind, dec_hook=_special)
+    except msgspec.ValidationError as problem:
+        path = str(problem).partition(" - at `$")[2].rstrip("`")
+        for step in re.findall(r"\[(\d+)\]", path):
+            value, kind = value[int(step)], inspect.type_info(kind)
+            kind = kind.item_type
+        where, what = place(path)
+        raise error(where, what or "wrong value", _expected(kind), _shown(value)) from problem
+
+
+def _special(kind: type, value: object) -> object:
+    if kind is Size and isinstance(value, str | int):
+        size = parse_size(value)
+        if size > 0:
+            return Size(size)
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    raise ValueError("of another type")
+
+
+def _expected(kind: Any) -> str:
+    """A type as a user would say it."""
+    match info := kind if isinstance(kind, inspect.Type) else inspect.type_info(kind):
+        case inspect.UnionType():
+            return " or ".join(_expected(part) for part in info.types if not isinstance(part, inspect.NoneType))
+        case inspect.CustomType():
+            return "a path" if info.cls is Path else "a size such as 512MiB"
+        case inspect.LiteralType():
+            return " or ".join(json.dumps(value) for value in info.values)
+        case inspect.ListType():
+            return f"list of {_expected(info.item_type)}"
+        case inspect.IntType() | inspect.FloatType():
+            name = "int" if isinstance(info, inspect.IntType) else "float"
+            limits = ((">=", info.ge), ("<=", info.le))
+            return " ".join(
+                [name, " and ".join(f"{sign} {limit:,}" for sign, limit in limits if limit is not None)]
+            ).strip()
+        case inspect.StrType():
+            return "str"
+        case inspect.BoolType():
+            return "bool"
+    raise TypeError(f"no word for {kind}")
+
+
+def _shown(value: object) -> str:
+    """A value with its type, as TOML has it."""
+    if isinstance(value, str | bool | int | float):
+        return f"{type(value).__name__} {json.dumps(value, ensure_ascii=False)}"
+    return {"dict": "a section", "list": "a list"}.get(type(value).__name__, f"{type(value).__name__} {value}")
