@@ -21,7 +21,7 @@ The walk also decodes every RLE: its runs must be non-negative and add up to hei
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -202,10 +202,11 @@ def _integer(text: U8, at: int) -> tuple[int, int]:
 
 
 @inline
-def _number(text: U8, at: int, out: F64, long: I64, state: I64, column: int, row: int) -> tuple[int, int]:
+def _number(text: U8, at: int, out: F64, row: int, tokens: U8, long: I64, state: I64) -> tuple[int, int]:
     """Read a number into out[row]; (place behind, 1 if it was an int), or (−1, 0).
 
-    A decimal of 16 or 17 digits is only noted in `long` [m, 4] (column, row, begin, end); state[0] counts them.
+    A decimal of 16 or 17 digits is copied to `tokens`, with a comma behind, and its row noted in `long`; state[0]
+    counts them, state[2] the bytes of `tokens`.
     """
     end = text.size
     if at < 0 or at >= end:
@@ -242,11 +243,15 @@ def _number(text: U8, at: int, out: F64, long: I64, state: I64, column: int, row
     if at < end and (text[at] == 101 or text[at] == 69):
         return -1, 0
     if value >= 10**15:
-        if value >= 10**17 or state[0] >= long.shape[0]:
+        k, used = state[0], state[2]
+        if value >= 10**17 or k >= long.size:
             return -1, 0
-        k = state[0]
-        long[k, 0], long[k, 1], long[k, 2], long[k, 3] = column, row, begin, at
-        state[0] = k + 1
+        for i in range(begin, at):
+            tokens[used + i - begin] = text[i]
+        used += at - begin
+        tokens[used] = 44
+        long[k] = row
+        state[0], state[2] = k + 1, used + 1
         return at, 0
     scale = 1.0
     for _ in range(decimals):
@@ -259,13 +264,13 @@ def _number(text: U8, at: int, out: F64, long: I64, state: I64, column: int, row
 
 
 @inline
-def _numbers(text: U8, at: int, out: F64, long: I64, state: I64, column: int, row: int, count: int) -> tuple[int, int]:
-    """`count` numbers with ", " between them; (place behind, how many were ints), or (−1, 0)."""
+def _numbers(text: U8, at: int, out: F64, row: int, count: int, tokens: U8, long: I64, state: I64) -> tuple[int, int]:
+    """`count` numbers with ", " between them into out[row:]; (place behind, how many were ints), or (−1, 0)."""
     ints = 0
     for i in range(count):
         if i:
             at = _match(text, at, _L_COMMA)
-        at, is_int = _number(text, at, out, long, state, column, row + i)
+        at, is_int = _number(text, at, out, row + i, tokens, long, state)
         if at < 0:
             return -1, 0
         ints += is_int
@@ -278,22 +283,21 @@ def _walk(
     image: I64,
     ids: I64,
     area: I64,
-    bbox: F64,
-    crop_box: F64,
-    points: F64,
-    iou: F64,
-    stability: F64,
+    floats: F64,
     counts: U8,
     offsets: I64,
     form: U8,
+    tokens: U8,
     long: I64,
     state: I64,
 ) -> int:
     """Parse a document in Meta's form into the columns; the number of annotations, or −1 for the general path.
 
-    image gets image_id, width, height; state the number of long decimals, of area mismatches, of annotations.
-    All columns must have room for len(text) / 100 annotations, `counts` for len(text) bytes.
+    image gets image_id, width, height; state the number of long decimals, of area mismatches, of bytes in `tokens`.
+    With room for m = len(ids) annotations, `floats` has 12 · m places: 4 · m for bbox, 4 · m for crop_box, 2 · m for
+    one point each, m for predicted_iou, m for stability_score. `counts` and `tokens` have room for len(text) bytes.
     """
+    m4 = 4 * ids.size
     at = _match(text, 0, _L_HEAD)
     image[0], at = _integer(text, at)
     at = _match(text, at, _L_WIDTH)
@@ -309,7 +313,7 @@ def _walk(
     if not (1 <= width <= 65535 and 1 <= height <= 65535 and width * height <= 1 << 28):
         return -1
     pixels = width * height
-    state[0] = state[1] = 0
+    state[0] = state[1] = state[2] = 0
     n, used, end = 0, 0, text.size
     offsets[0] = 0
     while at < end and text[at] != 93:
@@ -318,7 +322,7 @@ def _walk(
         if n:
             at = _match(text, at, _L_COMMA)
         at = _match(text, at, _L_BBOX)
-        at, ints = _numbers(text, at, bbox, long, state, 0, 4 * n, 4)
+        at, ints = _numbers(text, at, floats, 4 * n, 4, tokens, long, state)
         bits = 0
         if ints:
             if ints != 4:
@@ -371,16 +375,16 @@ def _walk(
         if inside != area[n]:
             state[1] += 1
         at = _match(text, at - 1, _L_IOU)
-        at, ints = _number(text, at, iou, long, state, 3, n)
+        at, ints = _number(text, at, floats, 10 * ids.size + n, tokens, long, state)
         bits |= ints << 3
         at = _match(text, at, _L_POINTS)
-        at, ints = _numbers(text, at, points, long, state, 2, 2 * n, 2)
+        at, ints = _numbers(text, at, floats, 2 * m4 + 2 * n, 2, tokens, long, state)
         if ints:
             if ints != 2:
                 return -1
             bits |= 4
         at = _match(text, at, _L_CROP)
-        at, ints = _numbers(text, at, crop_box, long, state, 1, 4 * n, 4)
+        at, ints = _numbers(text, at, floats, m4 + 4 * n, 4, tokens, long, state)
         if ints:
             if ints != 4:
                 return -1
@@ -388,7 +392,7 @@ def _walk(
         at = _match(text, at, _L_ID)
         ids[n], at = _integer(text, at)
         at = _match(text, at, _L_STABILITY)
-        at, ints = _number(text, at, stability, long, state, 4, n)
+        at, ints = _number(text, at, floats, 11 * ids.size + n, tokens, long, state)
         bits |= ints << 4
         if at < 0 or at >= end or text[at] != 125:
             return -1
@@ -436,6 +440,13 @@ _SMALLEST_ANNOTATION = 100
 """No annotation in Meta's form is shorter (its literals alone have more bytes), so a document's length bounds n."""
 
 
+Allocate = Callable[[int], memoryview]
+
+
+def _fresh(length: int) -> memoryview:
+    return memoryview(bytearray(length))
+
+
 class Packer:
     """Packs documents into members; holds the kernel's scratch columns, so it belongs to one thread."""
 
@@ -443,22 +454,20 @@ class Packer:
         self._grow(1 << 20)
 
     def _grow(self, document: int) -> None:
-        n = document // _SMALLEST_ANNOTATION + 1
-        self._room = document
-        self._image, self._state = np.zeros(3, np.int64), np.zeros(2, np.int64)
-        self._ids, self._area, self._offsets = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n + 1, np.int64)
-        self._bbox, self._crop_box, self._points = np.empty(4 * n), np.empty(4 * n), np.empty(2 * n)
-        self._iou, self._stability = np.empty(n), np.empty(n)
-        self._counts, self._form = np.empty(document, np.uint8), np.empty(n, np.uint8)
-        self._long = np.empty((12 * n, 4), np.int64)
-        self._columns = (self._bbox, self._crop_box, self._points, self._iou, self._stability)
+        m = document // _SMALLEST_ANNOTATION + 1
+        self._room, self._most = document, m
+        self._image, self._state = np.zeros(3, np.int64), np.zeros(3, np.int64)
+        self._ids, self._area, self._offsets = np.empty(m, np.int64), np.empty(m, np.int64), np.empty(m + 1, np.int64)
+        self._floats, self._long = np.empty(12 * m), np.empty(12 * m, np.int64)
+        self._counts, self._form, self._tokens = (np.empty(k, np.uint8) for k in (document, m, document + 1))
 
-    def pack(self, document: "Buffer", key: str) -> Packed:
+    def pack(self, document: "Buffer", key: str, allocate: Allocate = _fresh) -> Packed:
         """The packed member of a JSON document.
 
         Args:
             document: the bytes of `<key>.json`.
             key: the sample's key, `sa_<id>`.
+            allocate: gives the memory that the member is written to, a writable view of exactly so many bytes.
 
         Raises:
             SampleRejected: for whatever must go to quarantine: broken JSON, a missing field, a wrong type, a key that
@@ -470,34 +479,33 @@ class Packer:
             if text.size > MEMBER_LIMIT:
                 raise SampleRejected(f"{key}.json", "too large", f"at most {MEMBER_LIMIT:,} bytes", f"{text.size:,}")
             self._grow(text.size)
-        return self._fast(text, key) or pack_any(bytes(text), key)
+        return self._fast(text, key, allocate) or pack_any(bytes(text), key, allocate)
 
-    def _fast(self, text: U8, key: str) -> Packed | None:
-        columns = (self._ids, self._area, *self._columns, self._counts, self._offsets, self._form)
-        n = _walk(text, self._image, *columns, self._long, self._state)
+    def _fast(self, text: U8, key: str, allocate: Allocate = _fresh) -> Packed | None:
+        columns = (self._ids, self._area, self._floats, self._counts, self._offsets, self._form)
+        n = _walk(text, self._image, *columns, self._tokens, self._long, self._state)
         image_id, width, height = self._image.tolist()
         if n < 0 or key != f"sa_{image_id}":
             return None
-        long, mismatches = self._state.tolist()
-        if long and not self._long_decimals(text, self._long[:long]):
+        long, mismatches, used = self._state.tolist()
+        if long and not self._long_decimals(self._tokens[: used - 1], self._long[:long]):
             return None
-        used = int(self._offsets[n])
+        used, m, f = int(self._offsets[n]), self._most, self._floats
         tensors: list[npt.NDArray[Any]] = [
             self._area[:n],
             self._ids[:n],
             self._offsets[: n + 1],
             self._image[[2, 0, 1]],
-            self._bbox[: 4 * n],
-            self._crop_box[: 4 * n],
-            self._points[: 2 * n],
-            self._iou[:n],
-            self._stability[:n],
+            f[: 4 * n],
+            f[4 * m : 4 * m + 4 * n],
+            f[8 * m : 8 * m + 2 * n],
+            f[10 * m : 10 * m + n],
+            f[11 * m : 11 * m + n],
             self._form[:n],
             self._counts[:used],
         ]
-        header = _header(n, 1, used, False, 0, -1)
         return Packed(
-            member=_join(header, tensors),
+            member=_join(_header(n, 1, used, False, 0, -1), tensors, allocate),
             image_id=image_id,
             height=height,
             width=width,
@@ -506,20 +514,18 @@ class Packer:
             stored_source=False,
         )
 
-    def _long_decimals(self, text: U8, long: I64) -> bool:
+    def _long_decimals(self, tokens: U8, long: I64) -> bool:
         """Fill in the decimals of 16 and 17 digits; False if one is not the shortest text of its double."""
-        buffer = text.tobytes()
-        tokens = b"[" + b",".join([buffer[a:b] for a, b in long[:, 2:].tolist()]) + b"]"
-        values = orjson.loads(tokens)
+        text = b"[%b]" % tokens.data
+        values = orjson.loads(text)
         # orjson and repr agree on the digits; they differ in exponents, of which there are none here.
-        if orjson.dumps(values) != tokens:
+        if orjson.dumps(values) != text:
             return False
         array = np.array(values)
-        if np.any((np.abs(array) < 1e-4) | (np.abs(array) >= 1e16)):
+        size = np.abs(array)
+        if size.min() < 1e-4 or size.max() >= 1e16:
             return False
-        for c, column in enumerate(self._columns):
-            of = long[:, 0] == c
-            column[long[of, 1]] = array[of]
+        self._floats[long] = array
         return True
 
 
@@ -548,17 +554,18 @@ def _header(n: int, p: int, counts: int, sizes: bool, form_width: int, source: i
     return len(text).to_bytes(8, "little") + text
 
 
-def _join(header: bytes, tensors: list[npt.NDArray[Any]]) -> memoryview:
-    out = np.empty(len(header) + sum(t.nbytes for t in tensors), np.uint8)
+def _join(header: bytes, tensors: list[npt.NDArray[Any]], allocate: Allocate) -> memoryview:
+    member = allocate(len(header) + sum(t.nbytes for t in tensors))
+    out = np.frombuffer(member, np.uint8)
     out[: len(header)] = np.frombuffer(header, np.uint8)
     at = len(header)
     for tensor in tensors:
         out[at : at + tensor.nbytes] = tensor.reshape(-1).view(np.uint8)
         at += tensor.nbytes
-    return memoryview(out)
+    return member
 
 
-def pack_any(document: bytes, key: str) -> Packed:
+def pack_any(document: bytes, key: str, allocate: Allocate = _fresh) -> Packed:
     """What `Packer.pack` does, for any document, without the kernel: the general path, and the kernel's oracle."""
     where = f"{key}.json"
     try:
@@ -619,11 +626,8 @@ def pack_any(document: bytes, key: str) -> Packed:
         source_json=None,
     )
     source = None if restore(columns) == document else document
-    member = _member(columns, source)
-    if len(member) > MEMBER_LIMIT:
-        raise SampleRejected(where, "too large", f"at most {MEMBER_LIMIT:,} bytes packed", f"{len(member):,}")
     return Packed(
-        member=member,
+        member=_member(columns, source, where, allocate),
         image_id=image.image_id,
         height=image.height,
         width=image.width,
@@ -687,7 +691,7 @@ def _fields(p: int) -> dict[int, tuple[int, int]]:
     }
 
 
-def _member(a: Annotations, source: bytes | None) -> memoryview:
+def _member(a: Annotations, source: bytes | None, where: str, allocate: Allocate) -> memoryview:
     form_width = a.json_form.shape[1] if a.json_form.ndim == 2 else 0
     n, p = a.point_coords.shape[:2]
     header = _header(n, p, a.counts.size, a.size is not None, form_width, -1 if source is None else len(source))
@@ -698,7 +702,10 @@ def _member(a: Annotations, source: bytes | None) -> memoryview:
     tensors += [a.bbox, a.crop_box, a.point_coords, a.predicted_iou, a.stability_score, a.json_form, a.counts]
     if source is not None:
         tensors.append(np.frombuffer(source, np.uint8))
-    return _join(header, [np.ascontiguousarray(t) for t in tensors])
+    length = len(header) + sum(t.nbytes for t in tensors)
+    if length > MEMBER_LIMIT:
+        raise SampleRejected(where, "too large", f"at most {MEMBER_LIMIT:,} bytes packed", f"{length:,}")
+    return _join(header, [np.ascontiguousarray(t) for t in tensors], allocate)
 
 
 # -------------------------------------------------------------------------------------------------------------- unpack

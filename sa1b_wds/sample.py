@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from . import tar
 from .buffers import Buffer, Pool
 from .storage import Scratch
 
@@ -12,17 +11,16 @@ class Held:
 
     __slots__ = ("_data", "_slot", "_table", "length")
 
-    def __init__(self, table: "Table", data: Buffer | memoryview) -> None:
-        self._table, self._data = table, data
+    def __init__(self, table: "Table", data: Buffer) -> None:
+        self._table, self.length = table, data.length
+        self._data: Buffer | None = data
         self._slot: tuple[int, int] | None = None
-        self.length = data.length if isinstance(data, Buffer) else data.nbytes
 
     def spill(self) -> None:
         """Move the bytes to the scratch file, if they are in memory."""
         if self._slot is None and self._data is not None:
-            data = self._data
-            self._slot = self._table.scratch.write(data.view if isinstance(data, Buffer) else data)
-            self._table.let_go(data)
+            self._slot = self._table.scratch.write(self._data.view)
+            self._table.pool.give(self._data)
             self._data = None
 
     def load(self) -> memoryview:
@@ -32,16 +30,15 @@ class Held:
             self._table.scratch.read(self._slot, buffer.view)
             self._table.scratch.give_back(self._slot)
             self._data, self._slot = buffer, None
-        data = self._data
-        assert data is not None, "loaded after release"
-        return data.view if isinstance(data, Buffer) else data
+        assert self._data is not None, "loaded after release"
+        return self._data.view
 
     def release(self) -> None:
         """The bytes are no longer needed."""
         if self._slot is not None:
             self._table.scratch.give_back(self._slot)
         elif self._data is not None:
-            self._table.let_go(self._data)
+            self._table.pool.give(self._data)
         self._data = self._slot = None
 
 
@@ -51,25 +48,12 @@ class Table:
     def __init__(self, pool: Pool, budget: int, scratch: Scratch) -> None:
         self.pool, self.scratch = pool, scratch
         self._budget = budget
-        self._small = 0
 
-    def hold(self, data: Buffer | memoryview) -> Held:
+    def hold(self, data: Buffer) -> Held:
         held = Held(self, data)
-        if not isinstance(data, Buffer):
-            self._small += data.nbytes
-        if self.full:
+        if self.pool.outstanding > self._budget:
             held.spill()
         return held
-
-    @property
-    def full(self) -> bool:
-        return self.pool.outstanding + self._small > self._budget
-
-    def let_go(self, data: Buffer | memoryview) -> None:
-        if isinstance(data, Buffer):
-            self.pool.give(data)
-        else:
-            self._small -= data.nbytes
 
 
 @dataclass(slots=True, eq=False)
@@ -84,9 +68,11 @@ class Sample:
     """Which member of its source the jpg was, from 0."""
     json_ordinal: int
     jpg: Held
-    """A block for the tar header, the jpg, and zeros up to a whole block."""
+    """As it stands in the shard: a block for the tar header, the jpg, room up to a whole block."""
     jpg_size: int
     packed: Held
+    """The packed annotations, likewise."""
+    packed_size: int
     annotations: int
     area_mismatches: int
     stored_source: bool
@@ -94,7 +80,7 @@ class Sample:
     @property
     def span(self) -> int:
         """Bytes in the shard: two headers, two members, padding."""
-        return self.jpg.length + tar.BLOCK + self.packed.length + tar.padding(self.packed.length)
+        return self.jpg.length + self.packed.length
 
     def release(self) -> None:
         self.jpg.release()

@@ -21,7 +21,7 @@ from zlib_ng import zlib_ng
 
 from . import tar
 from .manifest import FileFact, ShardFact
-from .sample import Rejected, Sample
+from .sample import Held, Rejected, Sample
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -63,6 +63,15 @@ def deal(spans: Sequence[int], loads: list[int]) -> list[int]:
     return places
 
 
+def _member(held: Held, name: str, size: int) -> memoryview:
+    """A member as it stands in the archive: its header filled in, its padding cleared."""
+    view = held.load()
+    view[: tar.BLOCK] = tar.header(name, size)
+    end = tar.BLOCK + size
+    view[end:] = bytes(len(view) - end)
+    return view
+
+
 class ShardWriter:
     """One shard being written, with everything its side files need."""
 
@@ -79,13 +88,9 @@ class ShardWriter:
 
     def add(self, sample: Sample) -> None:
         """Append a sample's two members, and let go of its memory."""
-        key, size = sample.key, sample.packed.length
-        jpg = sample.jpg.load()
-        jpg[: tar.BLOCK] = tar.header(f"{key}.jpg", sample.jpg_size)
-        zeros = len(jpg) - tar.BLOCK - sample.jpg_size
-        if zeros:
-            jpg[-zeros:] = bytes(zeros)
-        packed = b"".join([tar.header(f"{key}.safetensors", size), sample.packed.load(), bytes(tar.padding(size))])
+        key, size = sample.key, sample.packed_size
+        jpg = _member(sample.jpg, f"{key}.jpg", sample.jpg_size)
+        packed = _member(sample.packed, f"{key}.safetensors", size)
         crc = zlib_ng.crc32(packed, zlib_ng.crc32(jpg))
         self._append(jpg, packed)
         begin = self._bytes - len(jpg) - len(packed)

@@ -75,6 +75,11 @@ def _classify(entry: tar.Entry) -> tuple[Literal["jpg", "json", "ignored", "reje
     return ("jpg", stem) if suffix == "jpg" else ("json", stem)
 
 
+def _room(pool: Pool, size: int) -> Buffer:
+    """Memory for a member as it stands in a shard: a block for its header in front, padding behind."""
+    return pool.take(tar.BLOCK + size + tar.padding(size))
+
+
 def _members(raw: Raw, where: str, pool: Pool, on_damage: OnDamage, skipped: list[tar.Skipped]) -> Generator[_Member]:
     """Every member of a source in its order, with its bytes in a buffer; runs in the reading thread."""
     pending: _Member | None = None
@@ -87,10 +92,8 @@ def _members(raw: Raw, where: str, pool: Pool, on_damage: OnDamage, skipped: lis
         pending = _Member(entry, kind, key, None)
         if kind == "ignored" or entry.kind != "file" or entry.size > MEMBER_LIMIT:
             return None
-        # The jpg is read to its place in the sample: a block of room in front for its header, zeros behind.
-        front = tar.BLOCK if kind == "jpg" else 0
-        pending.buffer = pool.take(front + entry.size + (tar.padding(entry.size) if front else 0))
-        return pending.buffer.view[front : front + entry.size]
+        pending.buffer = _room(pool, entry.size)
+        return pending.buffer.view[tar.BLOCK : tar.BLOCK + entry.size]
 
     try:
         stream = open_bytes(raw, where, on_damage=on_damage)
@@ -188,23 +191,34 @@ class SourceReader:
         assert buffer is not None
         half = _Half(member.entry, member.kind, member.key, buffer)
         try:
+            content = buffer.view[tar.BLOCK : tar.BLOCK + member.entry.size]
             if member.kind == "jpg":
-                half.jpeg = images.header(buffer.view[tar.BLOCK : tar.BLOCK + member.entry.size], f"{member.key}.jpg")
+                half.jpeg = images.header(content, f"{member.key}.jpg")
             else:
-                packed = self._packer.pack(buffer.view, member.key)
-                half.held = self._table.hold(packed.member)
-                half.packed = replace(packed, member=_NOTHING)  # or it would stay in memory when it is spilled
+                self._pack(half, content)
                 self._pool.give(buffer)
-                half.buffer = None
         except SampleRejected as error:
             half.reason = str(error)
         return half
 
+    def _pack(self, half: "_Half", document: memoryview) -> None:
+        packed: Buffer | None = None
+
+        def allocate(length: int) -> memoryview:
+            nonlocal packed
+            packed = _room(self._pool, length)
+            return packed.view[tar.BLOCK : tar.BLOCK + length]
+
+        facts = self._packer.pack(document, half.key, allocate)
+        assert packed is not None
+        half.packed_size = len(facts.member)
+        half.packed = replace(facts, member=_NOTHING)  # or it would stay in memory when it is spilled
+        half.buffer = packed
+
     def _quarantine(self, member: _Member, key: str, reason: str) -> None:
         self.account.quarantined += 1
         entry, buffer = member.entry, member.buffer
-        front = tar.BLOCK if member.kind == "jpg" else 0
-        data = None if buffer is None else bytes(buffer.view[front : front + entry.size])
+        data = None if buffer is None else bytes(buffer.view[tar.BLOCK : tar.BLOCK + entry.size])
         self._report(entry, key, reason, data)
         if buffer is not None:
             self._pool.give(buffer)
@@ -229,9 +243,10 @@ class _Half:
     kind: str
     key: str
     buffer: Buffer | None
-    """The bytes that were read: a jpg's, or those of a json that was rejected."""
+    """A jpg, packed annotations, or the json itself where it was rejected."""
     held: Held | None = None
     packed: Packed | None = None
+    packed_size: int = 0
     jpeg: images.Header | None = None
     reason: str | None = None
 
@@ -241,12 +256,10 @@ class _Half:
             self.buffer = None
 
     def source_bytes(self) -> bytes:
-        if self.packed is not None:
-            assert self.held is not None
-            return restore(unpack(self.held.load(), f"{self.key}.json"))
         view = self.buffer.view if self.buffer is not None else self.held.load() if self.held else memoryview(b"")
-        front = tar.BLOCK if self.kind == "jpg" else 0
-        return bytes(view[front : front + self.entry.size])
+        if self.packed is None:
+            return bytes(view[tar.BLOCK : tar.BLOCK + self.entry.size])
+        return restore(unpack(view[tar.BLOCK : tar.BLOCK + self.packed_size], f"{self.key}.json"))
 
     def release(self, pool: Pool) -> None:
         if self.held is not None:
@@ -280,6 +293,7 @@ def _sample(number: int, key: str, jpg: _Half, json: _Half) -> Sample:
         jpg=jpg.held,
         jpg_size=jpg.entry.size,
         packed=json.held,
+        packed_size=json.packed_size,
         annotations=packed.annotations,
         area_mismatches=packed.area_mismatches,
         stored_source=packed.stored_source,

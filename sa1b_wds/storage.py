@@ -147,8 +147,8 @@ def is_memory(folder: Path) -> bool:
 
 
 def _remove_empty(*folders: Path) -> None:
-    with contextlib.suppress(OSError):
-        for folder in folders:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty, or not there
             folder.rmdir()
 
 
