@@ -190,7 +190,8 @@ def _integer(text: U8, at: int) -> tuple[int, int]:
     negative = text[at] == 45
     if negative:
         at += 1
-    begin, value = at, 0
+    begin = at
+    value: Any = 0
     while at < end and 48 <= text[at] <= 57:
         if at - begin >= 18:
             return 0, -1
@@ -215,7 +216,8 @@ def _number(text: U8, at: int, out: F64, row: int, tokens: U8, long: I64, state:
     negative = text[at] == 45
     if negative:
         at += 1
-    first, value = at, 0
+    first = at
+    value: Any = 0
     while at < end and 48 <= text[at] <= 57:
         if at - first >= 17:
             return -1, 0
@@ -314,7 +316,8 @@ def _walk(
         return -1
     pixels = width * height
     state[0] = state[1] = state[2] = 0
-    n, used, end = 0, 0, text.size
+    n, end = 0, text.size
+    used: Any = 0
     offsets[0] = 0
     while at < end and text[at] != 93:
         if n >= ids.size:
@@ -474,7 +477,7 @@ class Packer:
                 disagrees with image_id or file_name, a number that does not fit its column, an RLE whose runs do not
                 add up to h·w, a size beyond the limits.
         """
-        text = np.frombuffer(document, np.uint8)
+        text = np.frombuffer(memoryview(document), np.uint8)
         if text.size > self._room:
             if text.size > MEMBER_LIMIT:
                 raise SampleRejected(f"{key}.json", "too large", f"at most {MEMBER_LIMIT:,} bytes", f"{text.size:,}")
@@ -516,7 +519,7 @@ class Packer:
 
     def _long_decimals(self, tokens: U8, long: I64) -> bool:
         """Fill in the decimals of 16 and 17 digits; False if one is not the shortest text of its double."""
-        text = b"[%b]" % tokens.data
+        text = b"".join((b"[", tokens.data, b"]"))
         values = orjson.loads(text)
         # orjson and repr agree on the digits; they differ in exponents, of which there are none here.
         if orjson.dumps(values) != text:

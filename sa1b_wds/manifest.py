@@ -185,7 +185,8 @@ def load_manifest(data: bytes, where: str) -> Manifest:
     found = hashlib.sha256(_with_digest(data, _BLANK)).hexdigest()
     if found != manifest.digest or _with_digest(data, manifest.digest) != data:
         raise FormatError(where, "its bytes have changed (digest)", manifest.digest, found)
-    for fact in (*manifest.shards, *(f for s in manifest.shards for f in s.files), *manifest.files):
-        if fact.name.startswith("/") or ".." in fact.name.split("/") or ":" in fact.name or "\\" in fact.name:
-            raise FormatError(where, "a name that leads out of the data set", found=repr(fact.name))
+    side_files = [f.name for s in manifest.shards for f in s.files]
+    for name in (*(s.name for s in manifest.shards), *side_files, *(f.name for f in manifest.files)):
+        if name.startswith("/") or ".." in name.split("/") or ":" in name or "\\" in name:
+            raise FormatError(where, "a name that leads out of the data set", found=repr(name))
     return manifest

@@ -184,7 +184,7 @@ class SourceReader:
         for key, half in waiting.items():
             missing = "json" if half.kind == "jpg" else "jpg"
             self._give_up(half, key, half.reason or f"no {key}.{missing} in the same source")
-        account.skipped += [(s.offset, s.bytes, s.reason) for s in self._skipped]
+        account.skipped += [(s.offset, s.size, s.reason) for s in self._skipped]
 
     def _half(self, member: _Member) -> "_Half":
         buffer = member.buffer
