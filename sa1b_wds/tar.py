@@ -5,8 +5,9 @@ does not check out, a file that stops between two members, one zero block alone,
 is damage, and says at which byte. (`tarfile` and all that build on it end there without a word.) It reads to the last
 byte of its stream, so every checksum of a gzip source is compared.
 
-Accepted on purpose: padding that is not zero (old writers left what was in their buffer), any owner, mode and time,
-members of any kind. What is not a file is passed over with its right length, and named.
+Accepted on purpose: any owner, mode and time, members of any kind (what is not a file is passed over with its right
+length, and named), and padding that is not zero, which POSIX leaves open and old writers filled with what was in their
+buffer; but not a last block that is itself a header: then bytes are missing, and a member has swallowed the next.
 
 To salvage, damage ends nothing: the reader looks for the next header whose checksum holds, on a 512-byte boundary of
 the archive, or at any byte after a gap in a gzip stream. A member that is cut, that a gap runs through, or whose data
@@ -112,6 +113,9 @@ class _Member(NamedTuple):
     name: bytes
     kind: Kind
     size: int
+    bare: bool = False
+    """of a kind that has no data, whatever its size says (a writer may state the target's, or a directory's on disk);
+    but PAX lets a hard link carry data, and others have written directories with some: what follows decides"""
 
 
 class Reader:
@@ -144,7 +148,7 @@ class Reader:
         self._stream: ByteStream = self._back or stream
         self._allocate = allocate
         self._small = memoryview(bytearray(2 * BLOCK))  # a member's padding and the header behind it
-        self._scratch: memoryview | None = None
+        self._scratch = memoryview(bytearray(_SCRATCH))  # data that nobody wants
         self._ahead: bytes | None = None  # the block behind the last member; short at the end
         self._globals: dict[str, bytes] = {}
         self._start = 0  # byte of the tar up to which all is accounted for
@@ -167,8 +171,6 @@ class Reader:
                     raise
                 if not self._search(self._back, damage):
                     return
-                continue
-            if entry is None:
                 continue
             self._ordinal += 1
             self.spans += self._here() - self._start
@@ -210,8 +212,6 @@ class Reader:
         raise self._cut(inside, BLOCK, len(block))
 
     def _skip(self, size: int, inside: str) -> None:
-        if self._scratch is None:
-            self._scratch = memoryview(bytearray(_SCRATCH))
         left = size
         while left:
             n = min(left, _SCRATCH)
@@ -250,8 +250,6 @@ class Reader:
                     self.spans += self._here() - offset
                     self._start = self._here()
         name = block[:100].split(b"\0", 1)[0]
-        if kind == b"\0" and name.endswith(b"/"):
-            kind = b"5"  # v7 had no other way to say it
         if block[257:262] == b"ustar" and block[262] != 0x20:
             prefix = block[345:500].split(b"\0", 1)[0]
             if prefix:
@@ -260,19 +258,15 @@ class Reader:
             name = longname
         if self._globals:
             pax = self._globals | pax
-        if pax:
-            name = pax.get("GNU.sparse.name", pax.get("path", name))
-            if "size" in pax:
-                size = self._decimal(pax["size"], offset)
-        if kind == b"5":
-            return _Member(name.rstrip(b"/"), "directory", 0)
-        if kind == b"2":
-            return _Member(name, "link", 0)
-        if kind == b"1":
-            # PAX lets a hard link carry its data; others may write a size and no data: `_body` looks at what follows.
-            return _Member(name, "link", size)
+        name = pax.get("GNU.sparse.name", pax.get("path", name))
+        if "size" in pax:
+            size = self._decimal(pax["size"], offset)
+        if kind == b"5" or (kind == b"\0" and name.endswith(b"/")):  # v7 had no other way to say it
+            return _Member(name.rstrip(b"/"), "directory", size, bare=True)
+        if kind in b"12":
+            return _Member(name, "link", size, bare=True)
         if kind in b"346":
-            return _Member(name, "other", 0)
+            return _Member(name, "other", size, bare=True)
         if kind == b"S":
             more = block[482]
             while more:
@@ -282,10 +276,10 @@ class Reader:
             return _Member(name, "sparse", size)
         return _Member(name, "file" if kind in b"07\0" else "other", size)
 
-    def _body(self, member: _Member) -> tuple[Entry | None, memoryview | None]:
-        """Read a member's data, its padding and the next block; no entry where (salvage) it turns out to be damaged."""
+    def _body(self, member: _Member) -> tuple[Entry, memoryview | None]:
+        """Read a member's data, its padding and the next block."""
         size, shown = member.size, _shown(member.name)
-        if size and member.kind == "link":
+        if size and member.bare:
             block = self._block("a header")
             if block == _ZERO or _checks_out(block):
                 self._ahead = block
@@ -294,7 +288,6 @@ class Reader:
             return self._entry(member, size), None
         entry = self._entry(member, size)
         data = self._allocate(entry) if member.kind == "file" else None
-        before = self._stream.position
         if data is not None:
             self._fill(data, shown)
         elif size:
@@ -302,26 +295,34 @@ class Reader:
         pad = padding(size)
         got = self._stream.readinto(self._small[: pad + BLOCK])
         self._ahead = bytes(self._small[min(pad, got) : got])
-        if self._back is None:
-            if got < pad:
-                raise self._cut(f"the padding of {shown}", pad, got)
-            return entry, data
-        if data is not None and not self._follows():
-            inner = _find(data, before % BLOCK, before)
-            if inner is not None:
-                self._ahead = None
-                self._back.put(bytes(data[inner:]) + bytes(self._small[:got]), short=got < pad + BLOCK)
-                self._passed("bytes are missing in a member: its data holds the header of another")
-                return None, None
         if got < pad:
-            self._noticed(self._stream.position, _reason(self._cut(f"the padding of {shown}", pad, got)))
+            damage = self._cut(f"the padding of {shown}", pad, got)
+            if self._back is None:
+                raise damage
+            self._noticed(self._stream.position, _reason(damage))
+        else:
+            held = data if data is not None else self._scratch[: (size - 1) % _SCRATCH + 1 if size else 0]
+            self._unbroken(shown, held, pad, got)
         return entry, data
+
+    def _unbroken(self, shown: str, held: memoryview, pad: int, got: int) -> None:
+        """Raise where a member has swallowed the next, as far as its data, or the end of it, is `held`."""
+        last = b"" if self._small[:pad] == _ZERO[:pad] else bytes(held[pad - BLOCK :]) + bytes(self._small[:pad])
+        swallowed = len(last) == BLOCK and _checks_out(last)
+        if self._back is not None and (swallowed or not self._follows()):
+            whole = bytes(held) + bytes(self._small[:pad])
+            inner = _find(whole, self._phase, self._here() - len(whole))
+            swallowed = inner is not None
+            if swallowed:
+                self._ahead = None
+                self._back.put(whole[inner:] + bytes(self._small[pad:got]), short=got < pad + BLOCK)
+        if swallowed:
+            raise self._fault(self._start, f"bytes are missing in {shown}, which holds the header of another member")
 
     def _follows(self) -> bool:
         """Whether a header or the end stands behind the member just read."""
-        return self._ahead is not None and (
-            self._ahead == _ZERO or (len(self._ahead) == BLOCK and _checks_out(self._ahead))
-        )
+        block = self._ahead
+        return block is not None and len(block) == BLOCK and (block == _ZERO or _checks_out(block))
 
     def _entry(self, member: _Member, size: int) -> Entry:
         name = member.name.decode("utf-8", "surrogateescape")
@@ -377,7 +378,7 @@ class Reader:
             keyword, value = data[match.end() : end - 1].split(b"=", 1)
             key = keyword.decode("utf-8", "replace")
             if key in _KEYWORDS or key.startswith("GNU.sparse."):
-                found[key] = value.rstrip(b"/") if key == "path" else value
+                found[key] = value
             at = end
         return found
 
@@ -385,8 +386,6 @@ class Reader:
 
     def _end(self) -> bool:
         """Read on behind a first zero block, to the end of the stream; False where (salvage) something follows."""
-        if self._scratch is None:
-            self._scratch = memoryview(bytearray(_SCRATCH))
         zeros = BLOCK
         while True:
             got = self._stream.readinto(self._scratch)
