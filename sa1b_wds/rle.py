@@ -1,271 +1,47 @@
-"""COCO's run-length masks as SA-1B stores them: validation, areas, boxes, and the strings themselves.
+"""COCO's run-length masks as SA-1B stores them: validation, areas, boxes, rasterising, and the strings themselves.
 
-A mask of (h, w) pixels is read column by column; its runs alternate between 0 and 1 and begin with 0 (a first run of
-length 0 where pixel (0, 0) is set). The string holds each run as a little-endian base-32 number in two's complement,
-five bits a character, `48 + digit + 32 if more digits follow`; from the fourth run on, what is written is the
-difference to the run two before (`rleToString` of COCO's maskApi.c).
-
-Many strings lie end to end in one array `counts` (uint8), string i in `counts[offsets[i] : offsets[i + 1]]`.
-
-Here a number has at most `MAX_DIGITS` characters: 30 bits hold every run and every difference within the limits, and
-COCO's own reader is undefined beyond them. Runs of length 0 in the middle and superfluous digits are accepted.
-
-All kernels run without the GIL, and none trusts the bytes it is given.
+Many strings lie end to end in one array `counts` (uint8), string i in `counts[offsets[i] : offsets[i + 1]]`; what a
+string holds is told in `codes`, how it becomes pixels in `raster`. The kernels do all work without the GIL.
 """
 
-from typing import Any, Final
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from . import codes
+from .codes import BAD_CHARACTER, BAD_OFFSETS, BAD_SUM, MAX_DIGITS, REASONS
 from .errors import SampleRejected, UsageError
-from .jit import inline, jit
+from .format import PIXEL_LIMIT, SIDE_LIMIT
+from .raster import F32, I64, U8, Mode, Window, raster
 
-U8 = npt.NDArray[np.uint8]
-I64 = npt.NDArray[np.int64]
+__all__ = ["boxes", "check", "check_size", "decode", "encode", "encode_runs", "runs"]
+
 F64 = npt.NDArray[np.float64]
-
-MAX_SIDE: Final = 65_535
-"""Longest side of an image, in pixels."""
-MAX_PIXELS: Final = 1 << 28
-"""Most pixels of an image, and the longest run."""
-MAX_DIGITS: Final = 6
-"""Most characters of one number."""
-
-CUT: Final = -1
-BAD_CHARACTER: Final = -2
-TOO_LONG: Final = -3
-NEGATIVE: Final = -4
-TOO_LARGE: Final = -5
-BAD_SUM: Final = -6
-BAD_OFFSETS: Final = -7
-
-REASONS: Final = {
-    CUT: "the RLE string ends inside a number",
-    BAD_CHARACTER: "a character that RLE strings do not have",
-    TOO_LONG: "an RLE number that is too long",
-    NEGATIVE: "a negative RLE run",
-    TOO_LARGE: "an RLE run over the limit",
-    BAD_SUM: "RLE runs do not add up",
-    BAD_OFFSETS: "RLE offsets do not rise, or point outside",
-}
-
-
-@inline
-def next_run(text: Any, at: int, end: int, before: int) -> tuple[int, int]:
-    """Read one run of the string that ends at `end`, as (run, place of the next run), for use inside a kernel.
-
-    `before` is the run two before; 0 for the first three. (Equally: 0 for the first three, if the caller takes the
-    first run for 0 where it serves as `before`; so `ones` and `zeros` need no counter. See `scan`.)
-    Needs at < end <= len(text). A place below 0 is an error code, one of `REASONS`; then the run is where it was found.
-    """
-    digit: int = text[np.uint64(at)] - 48
-    if 0 <= digit < 32:
-        # Most runs have one character: sign-extend five bits.
-        run = before + ((digit ^ 16) - 16)
-        if run < 0:
-            return at, NEGATIVE
-        if run > MAX_PIXELS:
-            return at, TOO_LARGE
-        return run, at + 1
-    if digit < 0 or digit >= 64:
-        return at, BAD_CHARACTER
-    start = at
-    value = digit & 31
-    shift = 5
-    while digit & 32:
-        at += 1
-        if at >= end:
-            return start, CUT
-        if shift == 5 * MAX_DIGITS:
-            return start, TOO_LONG
-        digit = text[np.uint64(at)] - 48
-        if digit < 0 or digit >= 64:
-            return at, BAD_CHARACTER
-        value |= (digit & 31) << shift
-        shift += 5
-    if digit & 16:
-        value -= 1 << shift
-    run = before + value
-    if run < 0:
-        return start, NEGATIVE
-    if run > MAX_PIXELS:
-        return start, TOO_LARGE
-    return run, at + 1
-
-
-@inline
-def scan(text: Any, start: int, end: int, pixels: int) -> tuple[int, int]:
-    """Check the string text[start:end], whose runs must add up to `pixels`, as (area, 0), for use inside a kernel.
-
-    Where it fails: (found, code), `found` being the sum for BAD_SUM and the place of the number for all other codes.
-    Needs 0 <= start <= end <= len(text).
-    """
-    area = 0
-    total = 0
-    zeros = 0
-    ones = 0
-    at = start
-    first = True
-    while at < end:
-        run, at = next_run(text, at, end, zeros)
-        if at < 0:
-            return run, at
-        total += run
-        zeros = 0 if first else run
-        first = False
-        if at >= end:
-            break
-        ones, at = next_run(text, at, end, ones)
-        if at < 0:
-            return ones, at
-        total += ones
-        area += ones
-    if total != pixels:
-        return total, BAD_SUM
-    return area, 0
-
-
-@inline
-def inside(offsets: Any, i: int, length: int) -> bool:
-    """Whether string i lies inside an array of `length` bytes."""
-    return bool(0 <= offsets[i] <= offsets[i + 1] <= length)
-
-
-@jit
-def _scan_all(counts: Any, offsets: Any, pixels: int, areas: Any) -> tuple[int, int, int]:
-    """Areas of all strings; (n, 0, 0), else (index, code, found) of the first that fails."""
-    for i in range(len(areas)):
-        if not inside(offsets, i, len(counts)):
-            return i, BAD_OFFSETS, 0
-        area, code = scan(counts, offsets[i], offsets[i + 1], pixels)
-        if code < 0:
-            return i, code, area
-        areas[i] = area
-    return len(areas), 0, 0
-
-
-@jit
-def _boxes_all(counts: Any, offsets: Any, height: int, width: int, out: Any) -> tuple[int, int, int]:
-    """Boxes of all strings; the result as that of `_scan_all`."""
-    h = height
-    pixels = h * width
-    for i in range(len(out)):
-        if not inside(offsets, i, len(counts)):
-            return i, BAD_OFFSETS, 0
-        x0, x1, y0, y1 = width, -1, h, -1
-        total = 0
-        zeros = 0
-        ones = 0
-        at, end = offsets[i], offsets[i + 1]
-        first = True
-        while at < end:
-            run, at = next_run(counts, at, end, zeros)
-            if at < 0:
-                return i, at, run
-            total += run
-            zeros = 0 if first else run
-            first = False
-            if at >= end:
-                break
-            ones, at = next_run(counts, at, end, ones)
-            if at < 0:
-                return i, at, ones
-            if ones > 0 and total + ones <= pixels:
-                left = total // h
-                top = total - left * h
-                last = total + ones - 1
-                bottom = last - left * h
-                right = left
-                if bottom >= h:  # goes on in another column, so it touches the bottom edge and the top one
-                    right = last // h
-                    top, bottom = 0, h - 1
-                x0, x1 = min(x0, left), max(x1, right)
-                y0, y1 = min(y0, top), max(y1, bottom)
-            total += ones
-        if total != pixels:
-            return i, BAD_SUM, total
-        if x1 < 0:
-            x0, y0, x1, y1 = 0, 0, 0, 0
-        out[i, 0], out[i, 1], out[i, 2], out[i, 3] = x0, y0, x1 - x0, y1 - y0
-    return len(out), 0, 0
-
-
-@jit
-def _runs(text: Any, out: Any) -> tuple[int, int, int]:
-    """All runs of one string into `out`, which has room for one a character; (how many, code, found)."""
-    end = len(text)
-    at = 0
-    n = 0
-    while at < end:
-        run, at = next_run(text, at, end, out[n - 2] if n > 2 else 0)
-        if at < 0:
-            return n, at, run
-        out[n] = run
-        n += 1
-    return n, 0, 0
-
-
-@jit
-def _encode_runs(runs: Any, out: Any) -> int:
-    """The string of `runs` into `out`, which has room for MAX_DIGITS characters a run; its length, or an error code."""
-    at = 0
-    for i in range(len(runs)):
-        value = runs[i]
-        if value < 0:
-            return NEGATIVE
-        if value > MAX_PIXELS:
-            return TOO_LARGE
-        if i > 2:
-            value -= runs[i - 2]
-        while True:
-            digit = value & 31
-            value >>= 5
-            more = value != (-1 if digit & 16 else 0)
-            out[np.uint64(at)] = 48 + digit + (32 if more else 0)
-            at += 1
-            if not more:
-                break
-    return at
-
-
-@jit
-def _mask_runs(pixels: Any, out: Any) -> int:
-    """Runs of a mask given column by column; their number. Only counts where `out` is full."""
-    n = 0
-    run = 0
-    value = False
-    for i in range(len(pixels)):
-        if (pixels[i] != 0) != value:
-            if n < len(out):
-                out[n] = run
-            n += 1
-            run = 0
-            value = not value
-        run += 1
-    if n < len(out):
-        out[n] = run
-    return n + 1
 
 
 def check_size(height: int, width: int) -> None:
     """Raise SampleRejected unless both sides are in 1..65,535 and their product is at most 2**28."""
-    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and height * width <= MAX_PIXELS):
+    if not (0 < height <= SIDE_LIMIT and 0 < width <= SIDE_LIMIT and height * width <= PIXEL_LIMIT):
         raise SampleRejected(
             "image",
             "size outside the limits",
-            expected=f"sides in 1..{MAX_SIDE}, at most {MAX_PIXELS} pixels",
+            expected=f"sides in 1..{SIDE_LIMIT}, at most {PIXEL_LIMIT} pixels",
             found=f"{height} x {width}",
         )
 
 
-def _rejected(index: int, code: int, found: int, offsets: Any, height: int, width: int) -> SampleRejected:
+def _rejected(counts: U8, offsets: I64, index: int, code: int, found: int, pixels: int) -> SampleRejected:
     where = f"annotations[{index}].segmentation.counts"
     if code == BAD_SUM:
-        return SampleRejected(where, REASONS[code], expected=height * width, found=found)
+        return SampleRejected(where, REASONS[code], expected=pixels, found=found)
+    start, end = int(offsets[index]), int(offsets[index + 1])
     if code == BAD_OFFSETS:
-        return SampleRejected(where, REASONS[code], found=f"{int(offsets[index])} to {int(offsets[index + 1])}")
-    return SampleRejected(where, REASONS[code], found=f"this at character {found - int(offsets[index])}")
+        return SampleRejected(where, REASONS[code], expected=f"within 0..{len(counts)}", found=f"{start}..{end}")
+    what = f"{REASONS[code]}, at character {found - start}"
+    if code == BAD_CHARACTER:
+        return SampleRejected(where, what, expected="a byte of 48..111", found=int(counts[found]))
+    return SampleRejected(where, what)
 
 
 def _arrays(counts: npt.ArrayLike, offsets: npt.ArrayLike) -> tuple[U8, I64]:
@@ -293,9 +69,9 @@ def check(counts: npt.ArrayLike, offsets: npt.ArrayLike, height: int, width: int
     check_size(height, width)
     counts, offsets = _arrays(counts, offsets)
     areas = np.empty(len(offsets) - 1, np.int64)
-    index, code, found = _scan_all(counts, offsets, height * width, areas)
+    index, code, found = codes.scan_all(counts, offsets, height * width, areas)
     if code < 0:
-        raise _rejected(index, code, found, offsets, height, width)
+        raise _rejected(counts, offsets, index, code, found, height * width)
     return areas
 
 
@@ -310,9 +86,65 @@ def boxes(counts: npt.ArrayLike, offsets: npt.ArrayLike, height: int, width: int
     check_size(height, width)
     counts, offsets = _arrays(counts, offsets)
     out = np.empty((len(offsets) - 1, 4), np.float64)
-    index, code, found = _boxes_all(counts, offsets, height, width, out)
+    index, code, found = codes.boxes_all(counts, offsets, height, width, out)
     if code < 0:
-        raise _rejected(index, code, found, offsets, height, width)
+        raise _rejected(counts, offsets, index, code, found, height * width)
+    return out
+
+
+def decode(
+    counts: npt.ArrayLike,
+    offsets: npt.ArrayLike,
+    source: tuple[int, int],
+    size: tuple[int, int] | None = None,
+    *,
+    index: Sequence[int] | I64 | None = None,
+    out: U8 | F32 | None = None,
+    window: Window | None = None,
+    flip: bool = False,
+    mode: Mode = "nearest",
+    dtype: npt.DTypeLike | None = None,
+) -> U8 | F32:
+    """Rasterise masks straight at a target size: (k, H, W).
+
+    `nearest` is bit-equal to decoding at full size and sampling pixel centres: row i takes source row
+    y0 + ⌊(2i + 1)·h / 2H⌋ of the window (y0, x0, h, w), columns alike; at full size it is bit-equal to pycocotools.
+    `area` gives the exact fraction of each target pixel that the mask covers. Outside the image there is no mask: so
+    window (0, 0, L, L), L the longest side, pads to a square at the bottom and on the right (`raster.square`).
+
+    Args:
+        counts: uint8 [bytes], all strings end to end.
+        offsets: int64 [n + 1].
+        source: (h, w) of all masks, in pixels.
+        size: (H, W) of the target; None for the window's own.
+        index: which masks, in this order; None for all n.
+        out: where to write, (k, H, W), contiguous along rows, else with any distances (a slice of a batch); undefined
+            after an error. None for a new array.
+        window: (y0, x0, h, w) in source pixels, which may reach outside the image; None for the whole image.
+        flip: mirror the result left to right.
+        mode: "nearest" or "area".
+        dtype: without `out`, uint8 or float32: 0 and 1 for `nearest` (uint8 only); for `area` fractions in float32
+            (the default), or ⌊255·fraction + ½⌋ in uint8.
+
+    Raises:
+        SampleRejected: as `check`. Only the chosen strings are read.
+        UsageError: an index, window, size, mode, dtype or `out` that cannot be.
+    """
+    counts, offsets = _arrays(counts, offsets)
+    n = len(offsets) - 1
+    chosen = np.arange(n) if index is None else np.ascontiguousarray(index, dtype=np.int64)
+    if chosen.ndim != 1 or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < n):
+        raise UsageError("rle", "index outside the masks", expected=f"0..{n - 1}", found=chosen.tolist())
+    grid = raster(source, size, window, flip, mode)
+    if out is None:
+        default = np.uint8 if mode == "nearest" else np.float32
+        out = np.empty((len(chosen), *grid.size), default if dtype is None else dtype)
+    at, code = grid.draw(counts, offsets, chosen, out)
+    if code < 0:
+        i = int(chosen[at])
+        pixels = source[0] * source[1]
+        _, code, found = codes.scan_all(counts, offsets[i : i + 2], pixels, np.empty(1, np.int64))  # it knows the rest
+        raise _rejected(counts, offsets, i, code, found, pixels)
     return out
 
 
@@ -324,9 +156,9 @@ def runs(counts: bytes | bytearray | memoryview) -> I64:
     """
     text = np.frombuffer(counts, np.uint8)
     out = np.empty(len(text), np.int64)
-    n, code, found = _runs(text, out)
+    n, code, found = codes.split(text, out)
     if code < 0:
-        raise _rejected(0, code, found, (0,), 0, 0)
+        raise _rejected(text, np.array([0, len(text)]), 0, code, found, 0)
     return out[:n].copy()
 
 
@@ -338,9 +170,9 @@ def encode_runs(runs: npt.ArrayLike) -> bytes:
     """
     array = np.ascontiguousarray(runs, dtype=np.int64)
     out = np.empty(MAX_DIGITS * len(array), np.uint8)
-    length = _encode_runs(array, out)
+    length = codes.join(array, out)
     if length < 0:
-        raise UsageError("rle", REASONS[length], expected=f"0..{MAX_PIXELS}", found=f"{array.min()}..{array.max()}")
+        raise UsageError("rle", REASONS[length], expected=f"0..{PIXEL_LIMIT}", found=f"{array.min()}..{array.max()}")
     return out[:length].tobytes()
 
 
@@ -351,14 +183,17 @@ def encode(mask: npt.ArrayLike) -> bytes:
         SampleRejected: a size outside the limits.
     """
     array = np.asarray(mask)
-    array = array.astype(np.uint8) if array.dtype == np.bool_ else array
+    array = array.view(np.uint8) if array.dtype == np.bool_ else array
     if array.ndim != 2 or array.dtype != np.uint8:
-        raise UsageError("rle", "not a mask", expected="uint8 (h, w)", found=f"{array.dtype} {array.shape}")
+        raise UsageError("rle", "not a mask", expected="uint8 or bool (h, w)", found=f"{array.dtype} {array.shape}")
     check_size(*array.shape)
-    pixels = np.ascontiguousarray(array.T).reshape(-1)
-    out = np.empty(4096, np.int64)
-    n = _mask_runs(pixels, out)
-    if n > len(out):
-        out = np.empty(n, np.int64)
-        _mask_runs(pixels, out)
-    return encode_runs(out[:n])
+    array = np.ascontiguousarray(array)
+    width = array.shape[1]
+    ends = np.empty(width, np.int64)
+    places = np.empty(4096, np.int64)
+    n = codes.changes(array, ends, places)
+    if n > len(places):
+        places = np.empty(n, np.int64)
+        codes.changes(array, ends, places)
+    out = np.empty(n + width + 1, np.int64)
+    return encode_runs(out[: codes.mask_runs(array, ends, places, out)])
