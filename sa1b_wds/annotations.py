@@ -354,7 +354,7 @@ def _walk(
                 if at >= end or text[at] != 92:
                     return -1
                 at += 1
-            if c < 48 or c > 111 or shift > 30:
+            if c < 48 or c > 111 or shift > 25:  # rle.MAX_DIGITS
                 return -1
             counts[used] = c
             used += 1
@@ -573,7 +573,7 @@ def pack_any(document: bytes, key: str, allocate: Allocate = _fresh) -> Packed:
     where = f"{key}.json"
     try:
         parsed = _DECODER.decode(document)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SampleRejected(where, f"not a valid SA-1B document: {error}") from None
     image, annotations = parsed.image, parsed.annotations
     if key != f"sa_{image.image_id}":
@@ -595,7 +595,8 @@ def pack_any(document: bytes, key: str, allocate: Allocate = _fresh) -> Packed:
     for i, row in enumerate(rows):
         for x in row:
             if isinstance(x, int) and (abs(x) > 1 << 1023 or int(float(x)) != x):
-                raise SampleRejected(f"{where}: $.annotations[{i}]", "an integer that float64 cannot hold", found=x)
+                what = "an integer that float64 cannot hold"
+                raise SampleRejected(f"{where}: $.annotations[{i}]", what, found=_shown(x))
     ints = np.array([[isinstance(x, int) for x in row] for row in rows], np.uint8).reshape(n, 10 + 2 * p)
     values = np.array(rows, np.float64).reshape(n, 10 + 2 * p)
     strings = [a.segmentation.counts for a in annotations]
@@ -647,7 +648,12 @@ def _numbers_of(a: _Annotation) -> list[_Number]:
 
 def _fits(field: str, where: str, value: int) -> None:
     if not -(1 << 63) <= value < 1 << 63:
-        raise SampleRejected(f"{where}: {field}", "does not fit a signed 64-bit integer", found=value)
+        raise SampleRejected(f"{where}: {field}", "does not fit a signed 64-bit integer", found=_shown(value))
+
+
+def _shown(value: int) -> str:
+    """An integer of any size, for a message."""
+    return str(value) if value.bit_length() <= 128 else f"one of {value.bit_length():,} bits"
 
 
 def _check_size(where: str, height: int, width: int) -> None:
@@ -674,7 +680,7 @@ def _areas(where: str, counts: U8, offsets: I64, sizes: I64, own: bool, image: _
 
 
 def _json_form(ints: U8, p: int) -> U8:
-    """`json_form` of one 0/1 a number: bits [n] where every field is all ints or all floats, else the numbers [n, k]."""
+    """`json_form` of one 0/1 a number: bits [n] where each field is all ints or all floats, else all numbers [n, k]."""
     bits = np.zeros(len(ints), np.uint8)
     for bit, (begin, end) in _fields(p).items():
         of = ints[:, begin:end]
@@ -721,10 +727,10 @@ _ENTRY = re.compile(
 
 @lru_cache(4096)
 def _layout(header: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """name → (dtype, shape, begin, end) of a safetensors header; ValueError with the reason where it breaks the format."""
+    """name → (dtype, shape, begin, end) of a safetensors header; ValueError with the reason where it is wrong."""
     try:
         entries = msgspec.json.decode(header.rstrip(b" "))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"not a safetensors header: {error}") from None
     if not isinstance(entries, dict):
         raise ValueError("not a safetensors header")  # noqa: TRY004  one kind of error for all that is malformed
@@ -779,6 +785,8 @@ def _check_layout(layout: dict[str, tuple[str, tuple[int, ...], int, int]]) -> N
             raise ValueError(f"tensor {name}: dtype {dtype}, shape {list(shape)}")
     if n < 0 or p < 1:
         raise ValueError("tensor annotations.point_coords: at least one point an annotation")
+    if list(layout) != [name for name in (*_I64, *_IMAGE, *_F64, *_U8) if name in layout]:
+        raise ValueError("tensors are not in the library's order (by dtype, then name), which aligns them")
 
 
 def unpack(member: "Buffer", where: str) -> Annotations:
@@ -795,10 +803,9 @@ def unpack(member: "Buffer", where: str) -> Annotations:
     if not 8 <= len(data) <= MEMBER_LIMIT:
         raise FormatError(where, "not a packed member", f"8 to {MEMBER_LIMIT:,} bytes", f"{len(data):,}")
     begin = 8 + int.from_bytes(data[:8], "little")
-    if begin > min(_HEADER_LIMIT, len(data)):
-        raise FormatError(
-            where, "not a packed member", f"a header of at most {_HEADER_LIMIT:,} bytes", f"{begin - 8:,}"
-        )
+    if begin > min(_HEADER_LIMIT, len(data)) or begin % 8:
+        what = f"a header of at most {_HEADER_LIMIT:,} bytes, padded to 8"
+        raise FormatError(where, "not a packed member", what, f"{begin - 8:,}")
     try:
         layout = _layout(bytes(data[8:begin]))
     except ValueError as error:
@@ -848,27 +855,37 @@ def unpack(member: "Buffer", where: str) -> Annotations:
 
 
 def restore(a: Annotations) -> bytes:
-    """The JSON document of these annotations, byte for byte as the source had it."""
+    """The JSON document of these annotations, byte for byte as the source had it.
+
+    Raises:
+        FormatError: values that no document has (they would not give valid JSON, or change on the way).
+    """
     if a.source_json is not None:
         return a.source_json
     n, p = a.point_coords.shape[:2]
     values = np.concatenate(
         [a.bbox, a.crop_box, a.point_coords.reshape(n, 2 * p), a.predicted_iou[:, None], a.stability_score[:, None]], 1
-    ).tolist()
+    )
     if a.json_form.ndim == 2:
         ints = a.json_form.astype(bool)
     else:
         ints = np.zeros((n, 10 + 2 * p), bool)
         for bit, (begin, end) in _fields(p).items():
             ints[:, begin:end] = (a.json_form & bit).astype(bool)[:, None]
+    whole = values[ints]
+    if not np.isfinite(values).all() or np.any(np.trunc(whole) != whole):
+        raise FormatError(f"sa_{a.image_id}.json", "a number that is not finite, or an int that is not whole")
+    if np.any((a.counts < 48) | (a.counts > 111)):
+        raise FormatError(f"sa_{a.image_id}.json", "a character that RLE strings do not have")
+    rows: list[list[float]] = values.tolist()
     for i, j in np.argwhere(ints).tolist():
-        values[i][j] = int(values[i][j])
-    # Only RLE characters stand in `counts` (checked when packed): the backslash is all that JSON escapes among them.
+        rows[i][j] = int(rows[i][j])
+    # Only RLE characters stand in `counts`: the backslash is all that JSON escapes among them.
     text = a.counts.tobytes().decode("ascii")
     offsets, area, ids = a.offsets.tolist(), a.area.tolist(), a.id.tolist()
     sizes = [[a.height, a.width]] * n if a.size is None else a.size.tolist()
     parts = []
-    for i, v in enumerate(values):
+    for i, v in enumerate(rows):
         counts = text[offsets[i] : offsets[i + 1]].replace("\\", "\\\\")
         points = [v[j : j + 2] for j in range(8, 8 + 2 * p, 2)]
         parts.append(
@@ -876,5 +893,6 @@ def restore(a: Annotations) -> bytes:
             f'"predicted_iou": {v[-2]}, "point_coords": {points}, "crop_box": {v[4:8]}, '
             f'"id": {ids[i]}, "stability_score": {v[-1]}}}'
         )
-    head = f'{{"image": {{"image_id": {a.image_id}, "width": {a.width}, "height": {a.height}, "file_name": "{a.file_name}"}}'
+    size = f'"width": {a.width}, "height": {a.height}'
+    head = f'{{"image": {{"image_id": {a.image_id}, {size}, "file_name": "{a.file_name}"}}'
     return f'{head}, "annotations": [{", ".join(parts)}]}}'.encode()
