@@ -18,7 +18,7 @@ from .annotations import Packed, Packer, restore, unpack
 from .buffers import Buffer, Pool
 from .errors import SampleRejected
 from .format import MEMBER_LIMIT
-from .inflate import open_bytes
+from .inflate import Gap, open_bytes
 from .sample import Held, Rejected, Sample, Table
 from .storage import Raw
 
@@ -104,11 +104,20 @@ def _members(raw: Raw, where: str, pool: Pool, on_damage: OnDamage, skipped: lis
                 kind, key = _classify(entry)
                 member = _Member(entry, kind, key, None)
             yield member
-        skipped += reader.skipped
+        # A gap says what broke the gzip stream; what it cost of the tar stands in the reader's own entries.
+        gaps = [tar.Skipped(offset=gap.position, size=0, reason=_gap(gap)) for gap in stream.gaps]
+        skipped += sorted([*reader.skipped, *gaps], key=lambda s: s.offset)
     finally:
         if pending is not None and pending.buffer is not None:
             pool.give(pending.buffer)
         raw.close()
+
+
+def _gap(gap: Gap) -> str:
+    return (
+        f"the gzip stream is damaged at byte {gap.compressed:,} of the file ({gap.reason}): {gap.lost:,} bytes of it "
+        f"passed over; no checksum vouches for the tar from byte {gap.start:,} to here"
+    )
 
 
 class SourceReader:
