@@ -90,7 +90,7 @@ def nearest(
     head: int = rows[0]
     for m in range(len(index)):
         i = index[m]
-        if i < 0 or i + 1 >= len(offsets) or not inside(offsets, i, len(counts)):
+        if i < 0 or i >= len(offsets) - 1 or not inside(offsets, i, len(counts)):
             return m, BAD_OFFSETS
         base = start + m * step
         if stride == size_w:
@@ -248,7 +248,7 @@ def area(
     turn = size_w - 1 if flip else -1
     for m in range(len(index)):
         i = index[m]
-        if i < 0 or i + 1 >= len(offsets) or not inside(offsets, i, len(counts)):
+        if i < 0 or i >= len(offsets) - 1 or not inside(offsets, i, len(counts)):
             return m, BAD_OFFSETS
         base = start + m * step
         if stride == size_w:
