@@ -26,7 +26,7 @@ LEVELS = {
     1: "storage pipe ranged ahead buffers inflate tar codes raster rle plan order selection augment world",
     2: "annotations images manifest state choice keys layout sidecars batch",
     3: "sample source shard reader schedule decode assembly stats",
-    4: "convert restore pipeline stream dataset",
+    4: "convert restore pipeline stream dataset verify report",
     5: "config status engines progress interop synth cli",
 }
 
