@@ -69,7 +69,7 @@ class SourceFact(msgspec.Struct, frozen=True, kw_only=True):
     samples: int
     quarantined: int
     ignored: dict[str, int]
-    """How many of each kind: `directory`, or a suffix."""
+    """How many of each kind: `directory`, `hidden`, a suffix, or `other` beyond 50 kinds."""
     skipped: list[SkippedFact]
     greatest_distance: int
     """Members from the first of a pair to the second, at most."""

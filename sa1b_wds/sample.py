@@ -93,7 +93,7 @@ class Rejected:
 
     source: str
     name: str
-    """As the source had it."""
+    """As the source had it; bytes that are not UTF-8 as `\\udcff`."""
     offset: int
     """Byte of its header in the source tar (inflated)."""
     key: str

@@ -171,7 +171,8 @@ class Quarantine:
         if self._file is None:
             self._file = self.outlet.create(f"{self.stem}.members")
         if not self.members:
-            self.first_reason = f"{rejected.source}: byte {rejected.offset:,}: {rejected.name}: {rejected.reason}"
+            name = rejected.name if rejected.name.isprintable() else ascii(rejected.name)[1:-1]
+            self.first_reason = f"{rejected.source}: byte {rejected.offset:,}: {name[:200]}: {rejected.reason}"
         self.members += 1
         line = {
             "source": rejected.source,

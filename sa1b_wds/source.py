@@ -27,6 +27,8 @@ OnDamage = Literal["fail", "salvage"]
 _KEY = re.compile(r"sa_(?:0|[1-9][0-9]{0,18})", re.ASCII)
 _LARGEST_ID = (1 << 63) - 1
 _NOTHING = memoryview(b"")
+_KINDS = 50
+"""Kinds of ignored members that are named; a tar of 10,000 suffixes must not swell the receipt."""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +40,7 @@ class Account:
     samples: int = 0
     quarantined: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
-    """How many of each kind: `directory`, or a suffix."""
+    """How many of each kind: `directory`, `hidden`, a suffix, or `other` beyond 50 kinds."""
     skipped: list[tuple[int, int, str]] = field(default_factory=list)
     """Salvage only: (byte of the tar, bytes, reason) of each stretch that was passed over."""
     greatest_distance: int = 0
@@ -61,11 +63,11 @@ def _classify(entry: tar.Entry) -> tuple[Literal["jpg", "json", "ignored", "reje
     if entry.kind == "directory":
         return "ignored", "directory"
     if entry.kind != "file":
-        return "rejected", f"a {entry.kind} entry, not a file"
+        return "rejected", f"{'an' if entry.kind == 'other' else 'a'} {entry.kind} entry, not a file"
     *folders, base = entry.name.split("/")
     stem, dot, suffix = base.partition(".")
     if suffix not in ("jpg", "json"):
-        return "ignored", (dot + suffix)[:40] or "no suffix"
+        return "ignored", "hidden" if dot and not stem else _text((dot + suffix)[:40]) or "no suffix"
     if entry.name.startswith("/") or ".." in folders:
         return "rejected", "a name that leads out of its folder"
     if not _KEY.fullmatch(stem) or int(stem[3:]) > _LARGEST_ID:
@@ -78,6 +80,11 @@ def _classify(entry: tar.Entry) -> tuple[Literal["jpg", "json", "ignored", "reje
 def _room(pool: Pool, size: int) -> Buffer:
     """Memory for a member as it stands in a shard: a block for its header in front, padding behind."""
     return pool.take(tar.BLOCK + size + tar.padding(size))
+
+
+def _text(name: str) -> str:
+    """A name that can be encoded: bytes that are not UTF-8, which stand in it as surrogates, written as `\\udcff`."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _members(raw: Raw, where: str, pool: Pool, on_damage: OnDamage, skipped: list[tar.Skipped]) -> Generator[_Member]:
@@ -163,7 +170,10 @@ class SourceReader:
         for member in self._ahead:
             account.members += 1
             if member.kind == "ignored":
-                account.ignored[member.key] += 1
+                kind = member.key
+                if kind not in account.ignored and len(account.ignored) >= _KINDS:
+                    kind = "other"
+                account.ignored[kind] += 1
                 continue
             if member.kind == "rejected":
                 self._quarantine(member, member.entry.name, member.key)
@@ -239,8 +249,9 @@ class SourceReader:
         half.release(self._pool)
 
     def _report(self, entry: tar.Entry, key: str, reason: str, data: bytes | None) -> None:
+        name, key = _text(entry.name), _text(key)
         self._reject(
-            Rejected(source=self.account.name, name=entry.name, offset=entry.offset, key=key, reason=reason, data=data)
+            Rejected(source=self.account.name, name=name, offset=entry.offset, key=key, reason=reason, data=data)
         )
 
 
