@@ -326,7 +326,8 @@ def _check(
             f"allows; the first: {quarantine.first_reason}",
         )
     if samples < task.shards:
-        wanted = plan.bytes_of(task) // max(samples, 1)
+        # The shard size may move by a tenth, and K is rounded: with this one, K stays below the number of samples.
+        wanted = plan.bytes_of(task) * 10 // (9 * max(samples, 1))
         raise TooFewSamples(
             f"task {index} ({names})",
             f"fewer samples than shards; plan again with a larger --shard-size (more than {wanted:,} bytes)",
