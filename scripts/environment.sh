@@ -32,10 +32,16 @@ print(hashlib.sha256(text).hexdigest())' "$@")
     if [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ] && "$PY" -c '' 2>/dev/null; then
         return
     fi
+    if [ -e "$folder" ] && [ ! -e "$folder/stamp" ]; then
+        echo "$folder is there and was not made by this script; move it away first." >&2
+        exit 2
+    fi
     echo "Setting up $folder with $("$PYTHON" --version), the first time only ..."
     rm -rf "$folder"
+    # Marks it as ours, and as unfinished.
+    mkdir "$folder" && touch "$folder/stamp"
     # Debian's Python may have venv without ensurepip; then the pip outside installs into it.
-    "$PYTHON" -m venv "$folder" >/dev/null 2>&1 || "$PYTHON" -m venv --clear --without-pip "$folder"
+    "$PYTHON" -m venv "$folder" >/dev/null 2>&1 || "$PYTHON" -m venv --without-pip "$folder"
     find_pip
     "${PIP[@]}" install --quiet --disable-pip-version-check "$@"
     echo "$stamp" >"$folder/stamp"

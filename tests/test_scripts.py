@@ -100,3 +100,11 @@ def test_an_environment_is_made_once(tmp_path: Path) -> None:
         assert (
             bash(f"{make} no-such-package-anywhere; echo went on", PYTHON=sys.executable).stdout.count("went on") == 0
         )
+
+
+def test_an_environment_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    done = bash(f"source scripts/environment.sh; make_environment {tmp_path} pip; echo went on", PYTHON=sys.executable)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{tmp_path} is there and was not made by this script; move it away first.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
