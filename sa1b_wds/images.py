@@ -1,13 +1,33 @@
-"""JPEGs: their header."""
+"""JPEGs: their header, and their pixels at the size a model wants.
+
+`decode` reads an image in three steps: a decode at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is not more than 1/16
+below the target, a linear resize straight into the caller's array, and zeros for what lies outside the image. Other
+scales (5/8 …) have no fast code in libjpeg-turbo and cost more than the whole image.
+
+How far that is from a full decode and an area resize, on eight SA-1B photographs (`scripts/bench/images`), as PSNR in
+dB, lowest and mean: 33 and 38 at 1024, 34 and 39 at 640, 31 and 35 at 512. Nearly all of it is sharpness: the DCT scale
+keeps what the area filter blurs. `fast=False` is the full decode and area resize, twice the time at 1024.
+
+An EXIF orientation is never applied: SA-1B's masks, boxes and points refer to the pixels as they are stored.
+"""
 
 import struct
+import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
 
-from .errors import SampleRejected
+import numpy as np
+import numpy.typing as npt
+
+from .errors import SampleRejected, UsageError
+from .format import PIXEL_LIMIT, SIDE_LIMIT
+from .geometry import Window, square
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+U8 = npt.NDArray[np.uint8]
 
 _FRAMES: Final = {0xC0: False, 0xC1: False, 0xC2: True}
 """Start-of-frame markers of 8-bit Huffman-coded JPEGs, and whether they are progressive."""
@@ -77,3 +97,185 @@ def header(jpg: "Buffer", where: str = "jpg") -> Header:
             where, "a frame header of wrong length", expected=f"{8 + 3 * components} bytes", found=found
         )
     return Header(height=height, width=width, components=components, precision=precision, progressive=_FRAMES[kind])
+
+
+def decode(
+    jpg: "Buffer",
+    size: int | tuple[int, int] | None = None,
+    *,
+    out: U8 | None = None,
+    window: Window | None = None,
+    flip: bool = False,
+    fast: bool = True,
+    where: str = "jpg",
+) -> U8:
+    """Decode a JPEG to RGB (H, W, 3) uint8 at a target size.
+
+    The geometry is that of `rle.decode`: a window of the stored pixels is stretched to the target, what lies outside
+    the image is 0, and a flip mirrors the result. Here the part inside the image begins and ends at whole target
+    pixels (rounded half up), so it may be off by half a target pixel; at DCT scale 1/k the window's edges are rounded
+    to k source pixels, which is less than that.
+
+    Args:
+        jpg: the whole file. Grayscale and CMYK become RGB; anything but 8 bits a component is refused.
+        size: the longest side S of a square (S, S) in which the window, in its own proportions, fills the top left
+            corner (also when flipped), its shorter side being ⌊shorter · S / longer + ½⌋ long; or (H, W), to which
+            the window is stretched; or None for the window's own size.
+        out: where to write, (H, W, 3) uint8 with contiguous rows: a slice of a batch. None for a new array.
+        window: (y0, x0, h, w) in stored pixels, which may reach outside the image; None for the whole image.
+        flip: mirror left and right.
+        fast: False for a full decode with accurate DCT and smooth chroma, and an area resize. No difference at full
+            size, where the pixels are those of PIL.
+        where: begins the message of an error.
+
+    Raises:
+        SampleRejected: as `header`; more than 2**28 pixels, 12 bits a component; a JPEG that is cut or damaged,
+            be it only that its end marker is missing.
+        UsageError: a size, window or `out` that cannot be.
+
+    Threads may call it at the same time; the GIL is dropped for the decode and the resize. OpenCV is set to one thread
+    a call at the first call in a process, since a loader has a thread a core already.
+    """
+    head = header(jpg, where)
+    _refuse(head, where)
+    h, w = head.height, head.width
+    y0, x0, tall, wide = (0, 0, h, w) if window is None else window
+    if not (0 < tall <= SIDE_LIMIT and 0 < wide <= SIDE_LIMIT):
+        raise UsageError("images", "window outside the limits", expected=f"sides in 1..{SIDE_LIMIT}", found=window)
+    if size is None:
+        size = tall, wide
+    elif not isinstance(size, tuple):
+        y0, x0, tall, wide = square((y0, x0, tall, wide), flip)
+        size = size, size
+    rows, columns = size
+    if not (0 < rows <= SIDE_LIMIT and 0 < columns <= SIDE_LIMIT and rows * columns <= PIXEL_LIMIT):
+        raise UsageError("images", "target size outside the limits", expected=f"sides in 1..{SIDE_LIMIT}", found=size)
+    if out is None:
+        out = np.empty((rows, columns, 3), np.uint8)
+    elif not _writable(out, (rows, columns, 3)):
+        expected = f"writable uint8 {(rows, columns, 3)} with contiguous rows"
+        raise UsageError("images", "out cannot be written to", expected=expected, found=f"{out.dtype} {out.shape}")
+
+    # The part of the window that the image covers: in stored pixels, and in the target.
+    top, bottom, left, right = max(y0, 0), min(y0 + tall, h), max(x0, 0), min(x0 + wide, w)
+    if top >= bottom or left >= right:
+        out[:] = 0
+        return out
+    over, under = _place(top - y0, bottom - y0, rows, tall)
+    before, after = _place(left - x0, right - x0, columns, wide)
+    if flip:
+        before, after = columns - after, columns - before
+    part = out[over:under, before:after]
+    out[:over] = 0
+    out[under:] = 0
+    out[over:under, :before] = 0
+    out[over:under, after:] = 0
+
+    shrink = min((bottom - top) / (under - over), (right - left) / (after - before))
+    scale = next((k for k in (8, 4, 2) if shrink >= k * _LEAST), 1) if fast else 1
+    if part.shape == (h, w, 3) and bottom - top == h and right - left == w and part.flags.c_contiguous:
+        _pixels(jpg, head, 1, False, part.reshape(-1), where)
+    else:
+        quick = fast and scale == 1 and shrink > 1
+        pixels = _pixels(jpg, head, scale, quick, _buffer(head, scale), where)
+        _resize(pixels[_span(top, bottom, h, scale), _span(left, right, w, scale)], part, fast)
+    if flip:
+        _opencv().flip(part, 1, part)
+    return out
+
+
+def tfds_image(jpg: "Buffer", where: str = "jpg") -> U8:
+    """The pixels (h, w, 3) uint8 that TFDS' `segment_anything` gives, bit for bit: fast DCT, smooth chroma.
+
+    Raises:
+        SampleRejected: as `decode`.
+    """
+    head = header(jpg, where)
+    _refuse(head, where)
+    return _read(jpg, where, fastdct=True, fastupsample=False)
+
+
+_LEAST: Final = 15 / 16
+"""How large, of the target, the image may be decoded at the least."""
+_KEPT: Final = 64 << 20
+"""Bytes of the largest buffer that a thread keeps."""
+
+_local = threading.local()
+
+
+@cache
+def _opencv() -> Any:
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2
+
+
+def _refuse(head: Header, where: str) -> None:
+    """Raise for what the decoder cannot, or should not, read."""
+    if head.precision != 8:
+        raise SampleRejected(where, "a JPEG with other than 8 bits a component", expected=8, found=head.precision)
+    if head.height * head.width > PIXEL_LIMIT:
+        found = f"{head.height} x {head.width}"
+        raise SampleRejected(where, "a JPEG with too many pixels", expected=f"at most {PIXEL_LIMIT}", found=found)
+
+
+def _writable(out: U8, shape: tuple[int, int, int]) -> bool:
+    apart = out.strides[1:] == (3, 1) and (shape[0] == 1 or out.strides[0] >= 3 * shape[1])
+    return out.shape == shape and out.dtype == np.uint8 and apart and out.flags.writeable
+
+
+def _place(begin: int, end: int, target: int, span: int) -> tuple[int, int]:
+    """Where begin..end of a window `span` long comes to lie on `target` pixels: rounded half up, at least one pixel."""
+    low = min((2 * begin * target + span) // (2 * span), target - 1)
+    return low, max((2 * end * target + span) // (2 * span), low + 1)
+
+
+def _span(begin: int, end: int, length: int, scale: int) -> slice:
+    """The pixels of an image decoded at 1/scale that begin..end of `length` become; at least one."""
+    low = min((2 * begin + scale) // (2 * scale), -(-length // scale) - 1)
+    high = -(-length // scale) if end == length else (2 * end + scale) // (2 * scale)
+    return slice(low, max(high, low + 1))
+
+
+def _buffer(head: Header, scale: int) -> U8:
+    """This thread's buffer for decoded pixels: fresh memory costs page faults, a quarter of the time of a decode."""
+    length = 3 * -(-head.height // scale) * -(-head.width // scale)
+    buffer: U8 | None = getattr(_local, "buffer", None)
+    if buffer is None or len(buffer) < length:
+        buffer = np.empty(length, np.uint8)
+        _local.buffer = buffer if length <= _KEPT else None
+    return buffer
+
+
+def _pixels(jpg: "Buffer", head: Header, scale: int, quick: bool, buffer: U8, where: str) -> U8:
+    """The image decoded at 1/scale into `buffer`."""
+    shape = -(-head.height // scale), -(-head.width // scale), 3
+    least = {"min_height": shape[0], "min_width": shape[1]} if scale > 1 else {}
+    pixels = _read(jpg, where, fastdct=quick, fastupsample=quick, buffer=buffer, **least)
+    if pixels.shape != shape:
+        raise SampleRejected(where, "a JPEG that decodes to another size than it states", shape, pixels.shape)
+    return pixels
+
+
+def _read(jpg: "Buffer", where: str, **options: Any) -> U8:
+    import simplejpeg
+
+    try:
+        # Strict: what libjpeg would only warn of, a cut file among it, is an error.
+        pixels: U8 = simplejpeg.decode_jpeg(jpg, "RGB", strict=True, **options)
+    except ValueError as error:
+        raise SampleRejected(where, "a JPEG that is cut or damaged", found=error) from None
+    return pixels
+
+
+def _resize(pixels: U8, part: U8, fast: bool) -> None:
+    height, width, _ = part.shape
+    down, along = pixels.shape[0] / height, pixels.shape[1] / width
+    if down == along == 1:
+        part[:] = pixels
+        return
+    cv2 = _opencv()
+    # Linear takes four pixels a target pixel: enough up to a ratio of 2, beyond which it would skip some.
+    area = max(down, along) > 2 if fast else max(down, along) > 1
+    cv2.resize(pixels, (width, height), dst=part, interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)

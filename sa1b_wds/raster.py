@@ -29,10 +29,8 @@ import numpy.typing as npt
 from .codes import BAD_OFFSETS, BAD_SUM, inside, next_run
 from .errors import SampleRejected, UsageError
 from .format import PIXEL_LIMIT, SIDE_LIMIT
+from .geometry import Window
 from .jit import inline, jit
-
-Window = tuple[int, int, int, int]
-"""y0, x0, height, width in source pixels; y0 and x0 may be negative, and the window may end outside the image."""
 
 Mode = Literal["nearest", "area"]
 
@@ -355,13 +353,6 @@ def places(length: int, target: int, origin: int, span: int) -> I32:
     found = np.clip((np.arange(length + 1) - origin) * target // span, 0, target).astype(np.int32)
     found.flags.writeable = False
     return found
-
-
-def square(window: Window, flip: bool = False) -> Window:
-    """The smallest square window that pads `window` at the bottom and on the right, as seen after the flip."""
-    y, x, h, w = window
-    side = max(h, w)
-    return y, x + w - side if flip else x, side, side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -13,7 +13,8 @@ from . import codes
 from .codes import BAD_CHARACTER, BAD_OFFSETS, BAD_SUM, MAX_DIGITS, REASONS
 from .errors import SampleRejected, UsageError
 from .format import PIXEL_LIMIT, SIDE_LIMIT
-from .raster import F32, I64, U8, Mode, Window, raster
+from .geometry import Window
+from .raster import F32, I64, U8, Mode, raster
 
 __all__ = ["boxes", "check", "check_size", "decode", "encode", "encode_runs", "runs"]
 
@@ -110,7 +111,7 @@ def decode(
     `nearest` is bit-equal to decoding at full size and sampling pixel centres: row i takes source row
     y0 + ⌊(2i + 1)·h / 2H⌋ of the window (y0, x0, h, w), columns alike; at full size it is bit-equal to pycocotools.
     `area` gives the exact fraction of each target pixel that the mask covers. Outside the image there is no mask: so
-    window (0, 0, L, L), L the longest side, pads to a square at the bottom and on the right (`raster.square`).
+    window (0, 0, L, L), L the longest side, pads to a square at the bottom and on the right (`geometry.square`).
 
     Args:
         counts: uint8 [bytes], all strings end to end.

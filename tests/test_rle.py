@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 
 from sa1b_wds import codes, raster, rle
 from sa1b_wds.errors import SampleRejected, UsageError
-from sa1b_wds.raster import Window
+from sa1b_wds.geometry import Window, square
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "real_json"
 
@@ -457,8 +457,8 @@ def test_square_pads_below_and_on_the_right_also_when_flipped() -> None:
     counts, offsets = line(rle.encode(mask))
     for window in ((0, 0, 30, 40), (3, 4, 20, 7), (3, 4, 7, 20)):
         for flip in (False, True):
-            square = raster.square(window, flip)
-            out = rle.decode(counts, offsets, (30, 40), square[2:], window=square, flip=flip)[0]
+            padded = square(window, flip)
+            out = rle.decode(counts, offsets, (30, 40), padded[2:], window=padded, flip=flip)[0]
             inside = rle.decode(counts, offsets, (30, 40), window=window, flip=flip)[0]
             assert (out[: window[2], : window[3]] == inside).all()
 
