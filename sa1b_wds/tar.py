@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from .errors import FormatError, SourceDamaged
 from .inflate import ByteStream, OnDamage
 
@@ -35,6 +37,7 @@ _SCRATCH = 64 << 10
 _ZERO = bytes(BLOCK)
 _NUMBER = re.compile(rb"\0? *([0-7]+)(?:[ \0].*)?|[ \0]*", re.DOTALL)
 _NO_END = "the archive has no end"
+_USTAR = int.from_bytes(b"usta", "little")
 _CHECKSUM = re.compile(rb"(?=[ 0-7]{4}[ 0-7\0]{4})")
 _RECORD = re.compile(rb"([0-9]{1,7}) ")
 _KEYWORDS = frozenset(("path", "size", "GNU.sparse.name"))
@@ -93,6 +96,7 @@ class _Back:
         if self._stop is not None:
             self.broken, self._stop = self._stop, None
             return have
+        self._bytes, self._at = self._bytes[:0], 0  # what is read past them cannot be put back among them
         have += self._stream.readinto(view[have:])
         self.broken = self._stream.broken
         return have
@@ -189,7 +193,11 @@ class Reader:
         """Fill `view`, or say what the end of the file cuts."""
         got = self._stream.readinto(view)
         if got < len(view):
-            raise self._cut(inside, len(view), got)
+            phase, damage = self._phase, self._cut(inside, len(view), got)
+            if self._back is not None:  # there may be headers in what came
+                self._back.put(bytes(view[:got]), short=True)
+                self._phase = phase
+            raise damage
 
     def _cut(self, inside: str, expected: int, found: int) -> SourceDamaged:
         if self._stream.broken:
@@ -301,23 +309,30 @@ class Reader:
                 raise damage
             self._noticed(self._stream.position, _reason(damage))
         else:
-            held = data if data is not None else self._scratch[: (size - 1) % _SCRATCH + 1 if size else 0]
-            self._unbroken(shown, held, pad, got)
+            self._unbroken(shown, size, data, pad, got)
         return entry, data
 
-    def _unbroken(self, shown: str, held: memoryview, pad: int, got: int) -> None:
-        """Raise where a member has swallowed the next, as far as its data, or the end of it, is `held`."""
-        last = b"" if self._small[:pad] == _ZERO[:pad] else bytes(held[pad - BLOCK :]) + bytes(self._small[:pad])
-        swallowed = len(last) == BLOCK and _checks_out(last)
-        if self._back is not None and (swallowed or not self._follows()):
-            whole = bytes(held) + bytes(self._small[:pad])
-            inner = _find(whole, self._phase, self._here() - len(whole))
-            swallowed = inner is not None
-            if swallowed:
-                self._ahead = None
-                self._back.put(whole[inner:] + bytes(self._small[pad:got]), short=got < pad + BLOCK)
-        if swallowed:
-            raise self._fault(self._start, f"bytes are missing in {shown}, which holds the header of another member")
+    def _unbroken(self, shown: str, size: int, data: memoryview | None, pad: int, got: int) -> None:
+        """Raise where bytes are missing in a member, so that it has swallowed the header of another.
+
+        Looked at: all of its data where that is wanted, else (it may well be a tar) the last block. When salvaging and
+        no header follows, all that is at hand is searched for headers without a magic number too.
+        """
+        held = self._scratch[: (size - 1) % _SCRATCH + 1 if size else 0] if data is None else data
+        inner = _magic(held) if data is not None else None
+        last = bytes(held[pad - BLOCK :]) + bytes(self._small[:pad])
+        if inner is None and len(last) == BLOCK and _checks_out(last):
+            inner = len(held) + pad - BLOCK
+        if inner is None and self._back is not None and not self._follows():
+            inner = _find(bytes(held) + bytes(self._small[:pad]), self._phase, self._here() - len(held) - pad)
+        if inner is None:
+            return
+        at = self._here() - len(held) - pad + inner
+        if self._back is not None:
+            self._ahead = None
+            self._back.put(bytes(held[inner:]) + bytes(self._small[:got]), short=got < pad + BLOCK)
+        what = f"bytes are missing in {shown}: it has swallowed the header of another member"
+        raise self._fault(self._start, what, None, f"that header at byte {at:,}")
 
     def _follows(self) -> bool:
         """Whether a header or the end stands behind the member just read."""
@@ -499,30 +514,49 @@ def padding(size: int) -> int:
     return -size % BLOCK
 
 
-def _checks_out(block: bytes | memoryview) -> bool:
+def _checks_out(block: bytes) -> bool:
     """Whether this is a header: its checksum, over signed or unsigned bytes, is the one it states."""
     match = _NUMBER.fullmatch(block[148:156])
     if match is None or not match[1]:
+        return False
+    # One byte off, the checksum is the same where a header and what follows it begin with the same byte.
+    if block[257:262] != b"ustar" and block.find(b"ustar", 253, 266) >= 0:
         return False
     stated = int(match[1], 8)
     total = sum(block) - sum(block[148:156]) + 8 * 0x20
     if total == stated:
         return True
-    data = bytes(block)
-    signed = len(data[:148].translate(None, _LOW)) + len(data[156:].translate(None, _LOW))
+    signed = len(block[:148].translate(None, _LOW)) + len(block[156:].translate(None, _LOW))
     return total - 256 * signed == stated
 
 
 _LOW = bytes(range(128))
 
 
-def _find(data: bytes | memoryview, phase: int | None, offset: int) -> int | None:
+def _find(data: bytes, phase: int | None, offset: int) -> int | None:
     """Where in `data`, which begins at byte `offset` of the tar, the first whole header stands."""
     for match in _CHECKSUM.finditer(data, 148):
         at = match.start() - 148
         if at + BLOCK > len(data):
             break
-        if (phase is None or (offset + at - phase) % BLOCK == 0) and _checks_out(data[at : at + BLOCK]):
+        if phase is not None and (offset + at - phase) % BLOCK:
+            continue
+        if _checks_out(data[at : at + BLOCK]):
+            return at
+    return None
+
+
+def _magic(data: memoryview) -> int | None:
+    """Where in a member's data one of its blocks is a header, by the magic number all but v7 have.
+
+    5 µs/MiB: one strided look at four bytes of each block.
+    """
+    if len(data) < BLOCK:
+        return None
+    words = np.ndarray((len(data) // BLOCK,), "<u4", data, 257, (BLOCK,))
+    for block in np.flatnonzero(words == _USTAR):
+        at = int(block) * BLOCK
+        if _checks_out(bytes(data[at : at + BLOCK])):
             return at
     return None
 
