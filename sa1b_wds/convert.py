@@ -203,9 +203,10 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
         attempt = stack.enter_context(destination.attempt(label))
         quarantine = Quarantine(outlet=attempt, stem=quarantine_stem(index))
         stack.callback(quarantine.close)
-        shards = [ShardWriter(name, attempt) for name in plan.shard_names(task)]
-        for shard in shards:
-            stack.callback(shard.close)
+        shards = []
+        for name in plan.shard_names(task):
+            shards.append(ShardWriter(name, attempt))
+            stack.callback(shards[-1].close)
         counter = _Counter()
         readers = [
             stack.enter_context(
@@ -265,8 +266,7 @@ def _publish(job: Job, index: int, attempt: Attempt, receipt: Receipt) -> Receip
         if not receipt.quarantine:  # an attempt that was killed between its renames may have left one
             for suffix in ("members", "jsonl"):
                 destination.remove(f"{quarantine_stem(index)}.{suffix}")
-        attempt.publish()
-        destination.put_new(receipt_name(index), receipt.to_bytes())
+        attempt.publish(receipt_name(index), receipt.to_bytes())
     except StorageError:
         # Another process may have finished the task, and `finalize` removed this attempt, while this one was stopped.
         if (theirs := _receipt(job, index)) is not None:

@@ -297,12 +297,19 @@ class Attempt:
         with translating(destination.where):
             self._folder.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self._folder.with_suffix(".lock"))
-            self._folder.mkdir()
+            try:
+                self._folder.mkdir()
+            except BaseException:
+                self._release()
+                raise
 
     def create(self, name: str) -> "FileWriter":
         """A new file that will be called `name`."""
         self._names.append(name)
-        return FileWriter(self._folder / name.replace("/", "%"), self.destination.place(name))
+        return FileWriter(self._path(name), self.destination.place(name))
+
+    def _path(self, name: str) -> Path:
+        return self._folder / name.replace("/", "%")
 
     def put(self, name: str, data: "Buffer") -> None:
         """A new file of these bytes that will be called `name`."""
@@ -313,18 +320,28 @@ class Attempt:
         finally:
             writer.close()
 
-    def publish(self) -> None:
-        """Move every file to its place; each must be finished."""
-        root = self.destination.root
+    def publish(self, last: str, data: "Buffer") -> bool:
+        """Move every file, each finished, to its place; then make one more, which says that they are all there.
+
+        False if there was a file of that name. It is written before anything moves: a disk that is full by then
+        leaves nothing visible.
+        """
+        root, names = self.destination.root, list(self._names)
+        self.put(last, data)
         with translating(self.destination.where):
-            folders = {(root / name).parent for name in self._names}
-            for folder in folders:
+            folders = {(root / name).parent for name in names}
+            for folder in {*folders, (root / last).parent}:
                 folder.mkdir(parents=True, exist_ok=True)
-            for name in self._names:
-                (self._folder / name.replace("/", "%")).rename(root / name)
+            for name in names:
+                self._path(name).rename(root / name)
             for folder in sorted(folders):
                 _sync_folder(folder)
-        self._names.clear()
+            try:
+                os.link(self._path(last), root / last)
+            except FileExistsError:
+                return False
+            _sync_folder((root / last).parent)
+        return True
 
     def __enter__(self) -> "Attempt":
         return self
@@ -332,11 +349,14 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
     ) -> None:
+        self._release()
+        if self.destination.exists(_DONE):  # it was published meanwhile: the last one out leaves nothing
+            _remove_empty(self._folder.parent, self._folder.parent.parent)
+
+    def _release(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.with_suffix(".lock").unlink(missing_ok=True)
         os.close(self._lock)
-        if self.destination.exists(_DONE):  # it was published meanwhile: the last one out leaves nothing
-            _remove_empty(self._folder.parent, self._folder.parent.parent)
 
 
 class FileWriter:
