@@ -15,7 +15,7 @@ ranks that read the same samples, or samples that no rank reads, and neither sho
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from .errors import WorldError
@@ -31,6 +31,8 @@ class World:
     """Number of processes."""
     source: str = "a single process"
     """Who said so."""
+    local_size: int = 1
+    """Processes that share this machine's cores, where torchrun says so; other launchers bind each to cores."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -89,6 +91,9 @@ def judge(environ: Mapping[str, str], initialised: World | None = None) -> World
     if not claims:
         return World()
     world = claims[0]
+    local = environ.get("LOCAL_WORLD_SIZE", "")
+    if local.isdecimal() and 0 < int(local) <= world.size:
+        world = replace(world, local_size=int(local))
     for other in claims[1:]:
         if (other.rank, other.size) != (world.rank, world.size) and not _outer(other, world, environ):
             raise WorldError(

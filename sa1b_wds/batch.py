@@ -1,0 +1,114 @@
+"""A batch: a few contiguous arrays on one piece of memory that is used again.
+
+The arrays belong to whoever holds them, for as long as they are held. When the last view on a batch is gone (torch's
+tensors that share its memory included), its memory serves a later batch: so a loop that lets go of each batch writes to
+the same few pages all the time, and one that collects batches gets new memory for each.
+"""
+
+import mmap
+import threading
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+Layout = Mapping[str, tuple[tuple[int, ...], "npt.DTypeLike"]]
+"""(shape, dtype) of each array."""
+
+_ALIGN = 4096
+
+
+class Batch(TypedDict, total=False):
+    """B samples. M is `masks_per_image`, S `image_size`, m `mask_size`.
+
+    With `masks_per_image=None` the arrays of masks have no (B, M) in front but (K,), the masks of all samples end to
+    end, `offsets` says whose they are, and there is no `valid`.
+    """
+
+    image: npt.NDArray[np.uint8]
+    """(B, S, S, 3) RGB, longest side S, black at the bottom and on the right. Not with `image_size=None`."""
+    masks: npt.NDArray[Any]
+    """(B, M, m, m) uint8 0 or 1, or float32 covered fraction, over the padded square. Not with `mask_size=None`."""
+    valid: npt.NDArray[np.bool_]
+    """(B, M) which places hold a mask; all others are zeros."""
+    offsets: npt.NDArray[np.int64]
+    """(B + 1,) only with `masks_per_image=None`: sample b has the masks offsets[b] to offsets[b + 1]."""
+    boxes: npt.NDArray[np.float32]
+    """(B, M, 4) x0, y0, x1, y1 in the pixels of `image`."""
+    points: npt.NDArray[np.float32]
+    """(B, M, 2) x, y in the pixels of `image`: the point that SA-1B's model was prompted with."""
+    area: npt.NDArray[np.int64]
+    """(B, M) pixels of the original image."""
+    predicted_iou: npt.NDArray[np.float32]
+    """(B, M)"""
+    stability_score: npt.NDArray[np.float32]
+    """(B, M)"""
+    annotation_id: npt.NDArray[np.int64]
+    """(B, M)"""
+    size: npt.NDArray[np.int32]
+    """(B, 2) h, w of the picture inside `image`, without the black."""
+    original_size: npt.NDArray[np.int32]
+    """(B, 2) h, w of the original image."""
+    key: list[str]
+    """B keys, `sa_<id>`."""
+    is_padding: npt.NDArray[np.bool_]
+    """(B,) true for repeats: those that fill the last batch, or the place of a sample that was skipped."""
+    step: npt.NDArray[np.int64]
+    """(2,) epoch, and number of the batch in its leg; what `state_dict(after=batch)` looks at."""
+
+
+class _Lease:
+    """Memory that goes back to its pool when nobody looks at it any more."""
+
+    def __init__(self, pool: "Memory", memory: mmap.mmap) -> None:
+        self._pool, self._memory = pool, memory
+        address = np.frombuffer(memory, np.uint8).__array_interface__["data"]
+        # numpy keeps this object alive for as long as any array on it lives.
+        self.__array_interface__ = {"shape": (len(memory),), "typestr": "|u1", "data": address, "version": 3}
+
+    def __del__(self) -> None:
+        self._pool.give(self._memory)
+
+
+class Memory:
+    """Pieces of memory of any size, those given back last first."""
+
+    def __init__(self, keep: int) -> None:
+        """`keep`: how many unused pieces may lie around."""
+        self._keep = keep
+        self._free: list[mmap.mmap] = []
+        # Reentrant: a lease may die, and give back, while this thread is inside.
+        self._lock = threading.RLock()
+
+    def arrays(self, layout: Layout) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of undefined content, side by side on one piece of memory."""
+        places, end = {}, 0
+        for name, (shape, dtype) in layout.items():
+            size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            places[name] = end, size
+            end += -(-size // _ALIGN) * _ALIGN
+        flat = np.asarray(_Lease(self, self._take(max(end, _ALIGN))))
+        return {
+            name: flat[begin : begin + size].view(layout[name][1]).reshape(layout[name][0])
+            for name, (begin, size) in places.items()
+        }
+
+    def _take(self, size: int) -> mmap.mmap:
+        with self._lock:
+            for i in range(len(self._free) - 1, -1, -1):
+                if size <= len(self._free[i]) <= size + size // 2:
+                    return self._free.pop(i)
+        return mmap.mmap(-1, size)
+
+    def give(self, memory: mmap.mmap) -> None:
+        """Memory that nobody uses any more."""
+        with self._lock:
+            self._free.append(memory)
+            if len(self._free) > self._keep:
+                del self._free[0]
+
+    @property
+    def unused(self) -> int:
+        """Pieces that wait to be used again."""
+        return len(self._free)

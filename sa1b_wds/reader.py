@@ -1,0 +1,352 @@
+"""Shard bytes → packed samples: ranged reads, every span held against its CRC-32 before anybody uses it.
+
+With a manifest, each shard has `<shard>.idx` (where its samples begin) and `index/<stem>.rows` (their ids and CRC-32s),
+both held against the manifest's SHA-256 when first needed: so a shard that is cut, changed, exchanged or has lost a
+sample is found before one of its bytes is decoded. Without one (brace lists, `pipe:`), what can be known is checked:
+every header byte for byte, whole pairs, the two end blocks and nothing behind them.
+"""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from time import perf_counter
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+from zlib_ng import zlib_ng
+
+from . import tar
+from .buffers import Buffer, Pool
+from .errors import FormatError, Sa1bError, ShardDamaged, StorageError
+from .layout import I64, ROW, ShardIndex, check_end, check_offsets, image_id_of, split_span
+from .manifest import ShardFact
+from .pipe import PREFIX
+from .ranged import ForwardFile, Ranged, open_ranged
+
+_MOST_BYTES_AT_ONCE = 64 << 20
+
+
+@dataclass(slots=True, eq=False)
+class PackedSample:
+    """A sample's bytes, in a buffer that is lent until `release`."""
+
+    where: str
+    """Shard, byte and key, for messages."""
+    key: str
+    image_id: int
+    jpg: memoryview
+    member: memoryview
+    """The packed annotations."""
+    buffer: Buffer
+    pool: Pool
+
+    def release(self) -> None:
+        """The bytes are no longer needed; the views must not be used any more."""
+        self.pool.give(self.buffer)
+
+
+Found = PackedSample | Sa1bError
+"""A sample, or why there is none."""
+
+
+@dataclass(slots=True)
+class ReadCost:
+    """What reading took, summed over calls."""
+
+    read: float = 0.0
+    """Seconds."""
+    check: float = 0.0
+    """Seconds."""
+    bytes: int = 0
+    retries: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideFiles:
+    """The index of a shard by its side files, each held against the manifest."""
+
+    where: str
+    """The shard, for messages."""
+    fact: ShardFact
+    read: Callable[[str], bytes]
+    """Reads a file by its name in the manifest."""
+
+    def __call__(self) -> ShardIndex:
+        """Raises: FormatError, ShardDamaged, StorageError."""
+        folder, _, name = self.fact.name.rpartition("/")
+        stem = name.removesuffix(".tar")
+        rows_name = f"{folder}/index/{stem}.rows" if folder else f"index/{stem}.rows"
+        idx, rows = self._file(f"{self.fact.name}.idx"), self._file(rows_name)
+        n = self.fact.samples
+        if len(idx) != 8 * (n + 1) or len(rows) != ROW.itemsize * n:
+            raise FormatError(self.where, "side files of another number of samples", n, len(idx) // 8 - 1)
+        offsets, table = np.frombuffer(idx, "<i8").astype(np.int64), np.frombuffer(rows, ROW)
+        check_offsets(offsets, f"{self.where}.idx")
+        ids, crc32 = table["image_id"].astype(np.int64), table["crc32"].astype(np.uint32)
+        return ShardIndex(offsets=offsets, image_id=ids, crc32=crc32)
+
+    def _file(self, name: str) -> bytes:
+        fact = next((fact for fact in self.fact.files if fact.name == name), None)
+        if fact is None:
+            raise FormatError(
+                self.where, "the manifest lists no such side file", name, [f.name for f in self.fact.files]
+            )
+        data = self.read(name)
+        where = f"{self.where}: {name}"
+        if len(data) != fact.bytes:
+            place = f"{where}: byte {min(len(data), fact.bytes):,}"
+            raise ShardDamaged(place, "length differs from the manifest", fact.bytes, len(data))
+        found = hashlib.sha256(data).hexdigest()
+        if found != fact.sha256:
+            raise ShardDamaged(where, "SHA-256 differs from the manifest", fact.sha256, found)
+        return data
+
+
+@dataclass(frozen=True)
+class Known:
+    """The index of a shard that was read once from end to end."""
+
+    index: ShardIndex
+
+    def __call__(self) -> ShardIndex:
+        return self.index
+
+
+@dataclass(frozen=True)
+class _Open:
+    index: ShardIndex
+    file: Ranged | None
+    """None: it cannot be opened, or only reads forwards."""
+    damage: Sa1bError | None
+
+
+class Shard:
+    """One shard: its index and its open file, both made when first needed and let go by `forget`.
+
+    Args:
+        where: path, URL or `pipe:` command.
+        samples: how many it has.
+        length: its bytes.
+        find: makes its index.
+    """
+
+    def __init__(self, where: str, samples: int, length: int, find: Callable[[], ShardIndex]) -> None:
+        self.where, self.samples, self.length = where, samples, length
+        self._find = find
+        self._lock = threading.Lock()
+        self._open: _Open | None = None
+        self._forward: list[ForwardFile] = []
+        self._busy: set[ForwardFile] = set()
+
+    def __reduce__(self) -> tuple[type["Shard"], tuple[object, ...]]:
+        return Shard, (self.where, self.samples, self.length, self._find)
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether it can only be read from its beginning."""
+        return self.where.startswith(PREFIX)
+
+    def forget(self) -> None:
+        """Let go of index and file; what is being read goes on with them."""
+        with self._lock:
+            self._open = None
+            self._forward = []
+
+    def interrupt(self) -> None:
+        """End the commands that are being read from: whoever waits for one gets an error."""
+        with self._lock:
+            for forward in self._busy:
+                forward.interrupt()
+
+    def index(self) -> ShardIndex:
+        """Raises: FormatError, ShardDamaged, StorageError."""
+        return self._opened().index
+
+    def _opened(self) -> _Open:
+        with self._lock:
+            if self._open is None:
+                index = self._find()
+                try:
+                    file = None if self.is_forward else open_ranged(self.where)
+                    self._open = _Open(index, file, self._wrong_length(file) if file else None)
+                except StorageError as error:
+                    self._open = _Open(index, None, error)
+            return self._open
+
+    def _wrong_length(self, file: Ranged) -> ShardDamaged | None:
+        found = self.length + file.behind(self.length)
+        if found == self.length:
+            return None
+        place = f"{self.where}: byte {min(self.length, found):,}"
+        return ShardDamaged(place, "the shard's length differs from what is known of it", self.length, found)
+
+    def read(self, places: Sequence[int], pool: Pool, cost: ReadCost, *, tolerant: bool = False) -> list[Found]:
+        """The samples at these places, each checked, or the error that says why it cannot be used.
+
+        Args:
+            places: rising numbers of samples; those that stand together are read in one go.
+            pool: lends the buffers.
+            cost: is added to.
+            tolerant: read what is sound of a shard whose length is wrong, instead of refusing all of it.
+
+        Raises:
+            FormatError, ShardDamaged, StorageError: the whole shard cannot be used.
+        """
+        shard = self._opened()
+        if shard.damage is not None and not (tolerant and shard.file is not None):
+            raise shard.damage
+        out: list[Found] = []
+        run: list[int] = []
+        size = 0
+        for place in places:
+            span = int(shard.index.offsets[place + 1] - shard.index.offsets[place])
+            if run and (place != run[-1] + 1 or size + span > _MOST_BYTES_AT_ONCE):
+                out += self._read_run(shard, run, pool, cost)
+                run, size = [], 0
+            run.append(place)
+            size += span
+        return out + self._read_run(shard, run, pool, cost) if run else out
+
+    def _read_run(self, shard: _Open, run: list[int], pool: Pool, cost: ReadCost) -> list[Found]:
+        offsets = shard.index.offsets[run[0] : run[-1] + 2].tolist()
+        buffers = [pool.take(b - a) for a, b in pairwise(offsets)]
+        begin = perf_counter()
+        try:
+            got = self._fill(shard, offsets[0], [buffer.view for buffer in buffers], run[-1] + 1 == len(shard.index))
+        except Sa1bError as error:
+            for buffer in buffers:
+                pool.give(buffer)
+            if len(run) == 1:
+                return [error]
+            return [found for place in run for found in self._read_run(shard, [place], pool, cost)]
+        between = perf_counter()
+        out: list[Found] = []
+        for place, offset, buffer in zip(run, offsets[:-1], buffers, strict=True):
+            sample = self._check(shard.index, place, offset, buffer, pool, got - (offset - offsets[0]))
+            if isinstance(sample, Sa1bError):
+                pool.give(buffer)
+            out.append(sample)
+        cost.read += between - begin
+        cost.check += perf_counter() - between
+        cost.bytes += got
+        return out
+
+    def _check(self, index: ShardIndex, place: int, offset: int, buffer: Buffer, pool: Pool, have: int) -> Found:
+        span = buffer.view
+        name = "" if index.image_id is None else f": sa_{index.image_id[place]}"
+        where = f"{self.where}: byte {offset:,}{name}"
+        if have < len(span):
+            have = max(have, 0)
+            where = f"{self.where}: byte {offset + have:,}{name}"
+            return ShardDamaged(where, "the shard stops inside a sample", f"{len(span):,} bytes", f"{have:,}")
+        if index.crc32 is not None:
+            found, expected = zlib_ng.crc32(span), int(index.crc32[place])
+            if found != expected:
+                return ShardDamaged(
+                    where, f"CRC-32 of the {len(span):,} bytes from here", f"{expected:08x}", f"{found:08x}"
+                )
+        try:
+            key, jpg, member = split_span(span, where)
+            image_id = image_id_of(key, where)
+        except Sa1bError as error:
+            return error
+        if index.image_id is not None and image_id != index.image_id[place]:
+            return ShardDamaged(where, "another sample than the index names", f"sa_{index.image_id[place]}", key)
+        return PackedSample(where if name else f"{where}: {key}", key, image_id, jpg, member, buffer, pool)
+
+    def _fill(self, shard: _Open, offset: int, views: list[memoryview], last: bool) -> int:
+        """How many bytes of the views were there."""
+        if shard.file is not None:
+            return shard.file.read(offset, views)
+        forward = self._take_forward(offset)
+        wanted = sum(map(len, views))
+        got = -1
+        try:
+            got = forward.read(offset, views)
+            if last and got == wanted:
+                check_end(forward, offset + got, self.where)
+        finally:
+            with self._lock:
+                self._busy.discard(forward)
+                again = got == wanted and not last
+                if again:
+                    self._forward.append(forward)
+            if not again:
+                forward.close()
+        return got
+
+    def _take_forward(self, offset: int) -> ForwardFile:
+        """The running command that has come closest to `offset`, or a new one."""
+        with self._lock:
+            before = [f for f in self._forward if f.position <= offset]
+            if before:
+                found = max(before, key=lambda f: f.position)
+                self._forward.remove(found)
+            else:
+                found = cast(ForwardFile, open_ranged(self.where))
+            self._busy.add(found)
+            return found
+
+
+class Shards:
+    """All shards of a data set; the index and the file of the last few that were used are kept open."""
+
+    def __init__(self, shards: Sequence[Shard], keep: int = 128) -> None:
+        self._shards = list(shards)
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[int, None] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type["Shards"], tuple[list[Shard], int]]:
+        return Shards, (self._shards, self._keep)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @cached_property
+    def counts(self) -> I64:
+        """[shards] samples of each."""
+        return np.array([shard.samples for shard in self._shards], np.int64)
+
+    @cached_property
+    def mean_bytes(self) -> npt.NDArray[np.float64]:
+        """[shards] bytes of a sample of each, on average."""
+        return np.array([shard.length / max(shard.samples, 1) for shard in self._shards], np.float64)
+
+    def interrupt(self) -> None:
+        """End what is being waited for, where that is possible."""
+        with self._lock:
+            recent = list(self._recent)
+        for shard in recent:
+            self._shards[shard].interrupt()
+
+    def keep(self, shards: int) -> None:
+        """Keep at least so many open."""
+        self._keep = max(self._keep, shards)
+
+    def __getitem__(self, number: int) -> Shard:
+        with self._lock:
+            self._recent[number] = None
+            self._recent.move_to_end(number)
+            old = self._recent.popitem(last=False)[0] if len(self._recent) > self._keep else None
+        if old is not None:
+            self._shards[old].forget()
+        return self._shards[number]
+
+    def close(self) -> None:
+        """Let go of everything that is open."""
+        with self._lock:
+            old = list(self._recent)
+            self._recent.clear()
+        for shard in old:
+            self._shards[shard].forget()
+
+
+def length_of(index: ShardIndex) -> int:
+    """Bytes of a shard with this index."""
+    return int(index.offsets[-1]) + len(tar.END)
