@@ -200,6 +200,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
     table = Table(pool, options.pairing_buffer, scratch)
     with contextlib.ExitStack() as stack:
         stack.callback(scratch.close)
+        stack.callback(pool.close)
         attempt = stack.enter_context(destination.attempt(label))
         quarantine = Quarantine(outlet=attempt, stem=quarantine_stem(index))
         stack.callback(quarantine.close)
