@@ -1,12 +1,14 @@
 """JPEGs: their header, and their pixels at the size a model wants.
 
-`decode` reads an image in three steps: a decode at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is not more than 1/16
-below the target, a linear resize straight into the caller's array, and zeros for what lies outside the image. Other
-scales (5/8 …) have no fast code in libjpeg-turbo and cost more than the whole image.
+`decode` reads an image in three steps: a decode at a DCT scale of 1, 1/2, 1/4 or 1/8, a resize straight into the
+caller's array, linear where the ratio allows it, and zeros for what lies outside the image. Entropy decoding takes most
+of the time at any scale, so the scale is chosen for quality too: 1/2 where that leaves at least 15/16 of the target (a
+linear resize from full size would be slower and no better), 1/4 and 1/8 only where they leave 7/4 of it. Scales between
+these, such as 5/8, have no fast code in libjpeg-turbo and cost more than the whole image.
 
-How far that is from a full decode and an area resize, on eight SA-1B photographs (`scripts/bench/images`), as PSNR in
-dB, lowest and mean: 33 and 38 at 1024, 34 and 39 at 640, 31 and 35 at 512. Nearly all of it is sharpness: the DCT scale
-keeps what the area filter blurs. `fast=False` is the full decode and area resize, twice the time at 1024.
+How far that is from a full decode and an area resize (`fast=False`, which takes twice as long at 1024), on eight SA-1B
+photographs (`scripts/bench/images`), as PSNR in dB, lowest and mean: PSNR_FIGURES. Most of it
+is sharpness: the DCT scale keeps what the area filter blurs.
 
 An EXIF orientation is never applied: SA-1B's masks, boxes and points refer to the pixels as they are stored.
 """
@@ -172,7 +174,7 @@ def decode(
     out[over:under, after:] = 0
 
     shrink = min((bottom - top) / (under - over), (right - left) / (after - before))
-    scale = next((k for k in (8, 4, 2) if shrink >= k * _LEAST), 1) if fast else 1
+    scale = next((k for k, least in _SCALES if shrink >= k * least), 1) if fast else 1
     if part.shape == (h, w, 3) and bottom - top == h and right - left == w and part.flags.c_contiguous:
         _pixels(jpg, head, 1, False, part.reshape(-1), where)
     else:
@@ -195,8 +197,10 @@ def tfds_image(jpg: "Buffer", where: str = "jpg") -> U8:
     return _read(jpg, where, fastdct=True, fastupsample=False)
 
 
-_LEAST: Final = 15 / 16
-"""How large, of the target, the image may be decoded at the least."""
+_SCALES: Final = ((8, 7 / 4), (4, 7 / 4), (2, 15 / 16))
+"""DCT scales 1/k, and how large, in units of the target, the image must at least be at each."""
+_LINEAR: Final = 2.3
+"""Largest ratio of a linear resize: beyond it takes too few of the pixels."""
 _KEPT: Final = 64 << 20
 """Bytes of the largest buffer that a thread keeps."""
 
@@ -276,6 +280,5 @@ def _resize(pixels: U8, part: U8, fast: bool) -> None:
         part[:] = pixels
         return
     cv2 = _opencv()
-    # Linear takes four pixels a target pixel: enough up to a ratio of 2, beyond which it would skip some.
-    area = max(down, along) > 2 if fast else max(down, along) > 1
+    area = max(down, along) > (_LINEAR if fast else 1)
     cv2.resize(pixels, (width, height), dst=part, interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
