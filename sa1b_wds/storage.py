@@ -12,9 +12,9 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import braceexpand
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 STATE = ".state"
 _DONE = "manifest.json"
+
+T = TypeVar("T")
 
 
 class Raw(Protocol):
@@ -152,6 +154,14 @@ def _remove_empty(*folders: Path) -> None:
             folder.rmdir()
 
 
+def _insisting(act: Callable[[], T]) -> T:
+    """`act`, again where what it had just made below `.state/` is gone: another process may clear it at any moment."""
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError):
+            return act()
+    return act()
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -203,27 +213,37 @@ class Destination:
         return self._put(name, data, replace=False)
 
     def _put(self, name: str, data: bytes, *, replace: bool) -> bool:
-        path = self.path(name)
-        temporary = self.root / STATE / f"put-{secrets.token_hex(8)}"
+        path, state = self.path(name), self.root / STATE
+        temporary = state / f"put-{secrets.token_hex(8)}"
+
+        def put() -> bool:
+            for folder in (state, path.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if replace:
+                temporary.rename(path)
+            else:
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+            _sync_folder(path.parent)
+            return True
+
         with translating(self.place(name)):
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with temporary.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if replace:
-                    temporary.rename(path)
-                else:
-                    try:
-                        os.link(temporary, path)
-                    except FileExistsError:
-                        return False
-                _sync_folder(path.parent)
+                return _insisting(put)
             finally:
                 temporary.unlink(missing_ok=True)
-        return True
+                self.leave()
+
+    def leave(self) -> None:
+        """The last one to work on a data set that is published leaves no empty folder behind."""
+        if self.exists(_DONE):
+            _remove_empty(self.root / STATE / "attempts", self.root / STATE)
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder, if it is there."""
@@ -233,13 +253,14 @@ class Destination:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+            self.leave()
 
     def clear_state(self) -> None:
         """Remove what runs keep below `.state/`, but for the attempts of live processes."""
         self.sweep()
         state = self.root / STATE
         with translating(self.place(STATE)):
-            for path in state.iterdir() if state.is_dir() else ():
+            for path in _listed(state):
                 if not path.is_dir():
                     path.unlink(missing_ok=True)
         _remove_empty(state / "attempts", state)
@@ -252,13 +273,22 @@ class Destination:
         """Remove the attempts whose process is dead."""
         attempts = self.root / STATE / "attempts"
         with translating(self.place(STATE)):
-            for lock in sorted(attempts.glob(f"{label}*.lock")):
-                _remove_if_dead(lock)
+            for lock in _listed(attempts):
+                if lock.name.startswith(label) and lock.suffix == ".lock":
+                    _remove_if_dead(lock)
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What stands in a folder, which may be gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(folder.iterdir())
+    return []
 
 
 def _lock(path: Path) -> int:
     """A descriptor that holds the lock file `path`, made now."""
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         # A sweep may have taken and removed it between these two calls: then the name is gone, or another file's.
@@ -295,8 +325,7 @@ class Attempt:
         self._folder = destination.root / STATE / "attempts" / f"{label}-{secrets.token_hex(8)}"
         destination.sweep(f"{label}-")
         with translating(destination.where):
-            self._folder.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._folder.with_suffix(".lock"))
+            self._lock = _insisting(lambda: _lock(self._folder.with_suffix(".lock")))
             try:
                 self._folder.mkdir()
             except BaseException:
@@ -350,8 +379,7 @@ class Attempt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
     ) -> None:
         self._release()
-        if self.destination.exists(_DONE):  # it was published meanwhile: the last one out leaves nothing
-            _remove_empty(self._folder.parent, self._folder.parent.parent)
+        self.destination.leave()
 
     def _release(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
