@@ -29,7 +29,12 @@ in plain bytes. Sources are paths, folders of tars, or paths with braces: 'sa_00
 """
 
 app = App(
-    name="sa1b-wds", help=HELP, help_format="plaintext", version_flags=["--version"], result_action="return_value"
+    name="sa1b-wds",
+    help=HELP,
+    help_format="plaintext",
+    version_flags=["--version"],
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `main` has something to say
 )
 
 Config = Annotated[Path | None, Parameter(help="A TOML file with options; see configs/local.toml.")]
