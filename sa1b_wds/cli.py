@@ -9,11 +9,11 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
-from .config import parse_size, section
+from . import config as options
 from .errors import DataError, Different, PlanMismatch, Sa1bError, UsageError
 
 if TYPE_CHECKING:
@@ -37,31 +37,18 @@ app = App(
     suppress_keyboard_interrupt=False,  # `main` has something to say
 )
 
+T = TypeVar("T")
+
 Config = Annotated[Path | None, Parameter(help="A TOML file with options; see configs/local.toml.")]
 Out = Annotated[str | None, Parameter(help="The folder of the data set.")]
 Size = Annotated[str | None, Parameter()]
 ConvertSources = Annotated[list[str] | None, Parameter(help="Source tars, folders of them, or paths with braces.")]
 
-_PLANNING = {"shard_size": "1GiB", "mix": 4, "seed": 0, "assume_size": None}
 
-
-def _settings(tables: str, file: Path | None, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Options from the command line, else from the file, else their defaults."""
-    found = section(file, *tables.split()) if file else {}
-    return {k: v if v is not None else found.get(k, defaults.get(k)) for k, v in given.items()}
-
-
-def _required(value: Any, option: str) -> Any:
+def _required(value: T | None, option: str) -> T:
     if value is None or value == []:
         raise UsageError(option, "is missing: give it on the command line or in the config file")
     return value
-
-
-def _bytes(value: str | int | None, option: str) -> int:
-    try:
-        return parse_size(value) if value is not None else 0
-    except ValueError as error:
-        raise UsageError(option, str(error)) from None
 
 
 @app.command
@@ -98,13 +85,14 @@ def synth(
     from .progress import megabytes
     from .synth import synthesise
 
-    given = {"out": out, "tars": tars, "samples": samples, "plain": plain, "seed": seed, "workers": workers}
-    s = _settings("synth", config, given, {"tars": 2, "samples": 100, "plain": False, "seed": 0, "workers": 1})
-    folder = Path(_required(s.pop("out"), "OUT"))
+    o = options.load(
+        config, options.Synth, out=out, tars=tars, samples=samples, plain=plain, seed=seed, workers=workers
+    )
+    folder = _required(o.out, "OUT")
     begun = time.monotonic()
-    made = synthesise(folder, **s)
+    made = synthesise(folder, tars=o.tars, samples=o.samples, plain=o.plain, seed=o.seed, workers=o.workers)
     size = sum(path.stat().st_size for path in made)
-    images = len(made) * s["samples"]
+    images = len(made) * o.samples
     _say(f"{folder}: {len(made):,} tars, {images:,} images, {megabytes(size)} in {time.monotonic() - begun:.1f} s")
 
 
@@ -118,7 +106,7 @@ def plan(
     mix: int | None = None,
     seed: int | None = None,
     assume_size: Size = None,
-    dry_run: bool = False,
+    dry_run: bool | None = None,
     config: Config = None,
 ) -> None:
     """Decide which task reads which sources and writes which shards, and write DEST/plan.json.
@@ -140,31 +128,29 @@ def plan(
     dry_run
         Print the plan and write nothing.
     """
-    s = _settings("plan", config, {"sources": sources, "out": out, "shard_size": shard_size, "mix": mix, "seed": seed,
-                                   "assume_size": assume_size}, _PLANNING)  # fmt: skip
+    given = {"shard_size": shard_size, "mix": mix, "seed": seed, "assume_size": assume_size}
+    o = options.load(config, options.Plan, sources=sources, out=out, dry_run=dry_run, **given)
     from .convert import write_plan
     from .storage import Destination
 
-    out, made, _ = _plan(s)
+    made, _ = _plan(o)
     _say_plan(made)
-    if dry_run:
+    if o.dry_run:
         _say("dry run: nothing written")
         return
-    destination = Destination(out)
+    destination = Destination(_required(o.out, "--out"))
     write_plan(destination, made)
     _say(f"written: {destination.place('plan.json')}")
 
 
-def _plan(s: dict[str, Any]) -> "tuple[str, Plan, dict[str, str]]":
-    """The destination, the plan and where its sources lie."""
+def _plan(o: "options.Plan | options.Convert") -> "tuple[Plan, dict[str, str]]":
+    """The plan, and where its sources lie."""
     from .convert import plan_sources, survey
 
-    out, sources = str(_required(s["out"], "--out")), _required(s["sources"], "SOURCES")
-    size = _bytes(s["shard_size"], "--shard-size")
-    assumed = _bytes(s["assume_size"], "--assume-size") or None
-    found = survey(sources, assumed)
-    made = plan_sources(found, shard_size=size, mix=s["mix"], seed=s["seed"])
-    return out, made, {name: url for name, (url, _) in found.items()}
+    _required(o.out, "--out")
+    found = survey(_required(o.sources, "SOURCES"), o.assume_size)
+    made = plan_sources(found, shard_size=o.shard_size, mix=o.mix, seed=o.seed)
+    return made, {name: url for name, (url, _) in found.items()}
 
 
 def _say_plan(made: "Plan") -> None:
@@ -234,28 +220,36 @@ def convert(
     from .convert import Job, Options, finalize, missing_tasks, read_plan, write_plan
     from .storage import Destination, expand, name_of
 
-    given = {"sources": sources, "out": out, "workers": workers, "engine": engine, "shard_size": shard_size, "mix": mix,
-             "seed": seed, "assume_size": assume_size, "on_damage": on_damage, "pairing_buffer": pairing_buffer,
-             "scratch": scratch, "max_quarantine": max_quarantine}  # fmt: skip
-    defaults = _PLANNING | {"on_damage": "fail", "pairing_buffer": "512MiB", "max_quarantine": 0.001, "engine": "local"}
-    s = _settings("plan convert", config, given, defaults)
+    planning = {"shard_size": shard_size, "mix": mix, "seed": seed}
+    o = options.load(
+        config,
+        options.Convert,
+        sources=sources,
+        out=out,
+        assume_size=assume_size,
+        workers=workers,
+        engine=engine,
+        on_damage=on_damage,
+        pairing_buffer=pairing_buffer,
+        scratch=scratch,
+        max_quarantine=max_quarantine,
+        **planning,
+    )
+    destination = Destination(_required(o.out, "--out"))
     if task is None:
-        out, made, locations = _plan(s)
-        destination = Destination(out)
+        made, locations = _plan(o)
         write_plan(destination, made)
     else:
-        destination = Destination(str(_required(s["out"], "--out")))
         made = read_plan(destination)
-        _same_options(destination.place("plan.json"), made, shard_size=shard_size, mix=mix, seed=seed)
+        _same_options(
+            destination.place("plan.json"), made, o, [name for name in planning if planning[name] is not None]
+        )
         # The other tasks' sources need not be within reach of this machine.
-        locations = {name_of(url): url for url in expand(_required(s["sources"], "SOURCES"))}
-    options = Options(
-        on_damage=s["on_damage"],
-        pairing_buffer=_bytes(s["pairing_buffer"], "--pairing-buffer"),
-        scratch=Path(s["scratch"]) if s["scratch"] else None,
-        max_quarantine=s["max_quarantine"],
+        locations = {name_of(url): url for url in expand(_required(o.sources, "SOURCES"))}
+    how = Options(
+        on_damage=o.on_damage, pairing_buffer=o.pairing_buffer, scratch=o.scratch, max_quarantine=o.max_quarantine
     )
-    job = Job(destination=destination, plan=made, locations=locations, options=options)
+    job = Job(destination=destination, plan=made, locations=locations, options=how)
     if task is None:
         tasks = missing_tasks(destination, made)
         _say_plan(made)
@@ -263,7 +257,7 @@ def convert(
             _say(f"{len(made.tasks) - len(tasks):,} of {len(made.tasks):,} tasks are done already")
     else:
         tasks = tasks_of(task, len(made.tasks), os.environ)
-    count = s["workers"] or max(1, engines.cores() // 2)
+    count = o.workers or max(1, engines.cores() // 2)
     _run(job, tasks, count)
     if task is None:
         manifest = finalize(destination)
@@ -275,16 +269,12 @@ def convert(
         )
 
 
-def _same_options(where: str, made: "Plan", *, shard_size: str | None, mix: int | None, seed: int | None) -> None:
+def _same_options(where: str, made: "Plan", o: options.Convert, said: list[str]) -> None:
     """A task takes its options from the plan; those said again on its command line must be the same."""
-    size = _bytes(shard_size, "--shard-size") if shard_size is not None else None
-    for option, here, there in (
-        ("--shard-size", size, made.shard_size),
-        ("--mix", mix, made.mix),
-        ("--seed", seed, made.seed),
-    ):
-        if here is not None and here != there:
-            raise PlanMismatch(where, f"another plan is there: {option} is {there:,} in it, {here:,} here")
+    for name in said:
+        here, there = getattr(o, name), getattr(made, name)
+        if here != there:
+            raise PlanMismatch(where, f"another plan is there: {name} is {there:,} in it, {here:,} here")
 
 
 def _run(job: "Job", tasks: list[int], workers: int) -> None:
@@ -338,13 +328,15 @@ def tasks_of(task: str, tasks: int, environment: Mapping[str, str]) -> list[int]
 
 
 @app.command
-def status(dest: str, /, *, json: bool | None = None, config: Config = None) -> None:
+def status(dest: str | None = None, /, *, json: bool | None = None, config: Config = None) -> None:
     """Which tasks are done, running, failed or missing; from the destination alone.
 
     Example: sa1b-wds status /data/shards
 
     Parameters
     ----------
+    dest
+        The folder of the data set.
     json
         For programs.
     """
@@ -353,11 +345,11 @@ def status(dest: str, /, *, json: bool | None = None, config: Config = None) -> 
     from .status import array_of, read_status
     from .storage import Destination
 
-    as_json = _settings("status", config, {"json": json}, {})["json"]
-    statuses = read_status(Destination(dest), now=time.time())
+    o = options.load(config, options.Status, dest=dest, json=json)
+    statuses = read_status(Destination(_required(o.dest, "DEST")), now=time.time())
     counts = {k: sum(x.state == k for x in statuses) for k in ("done", "running", "stale", "failed", "missing")}
     rest = array_of(statuses)
-    if as_json:
+    if o.json:
         rows = [{"task": x.task, "state": x.state, "beat": x.beat} for x in statuses]
         _say(msgspec.json.encode({"counts": counts, "left": rest, "tasks": rows}).decode())
         return
@@ -376,30 +368,33 @@ def status(dest: str, /, *, json: bool | None = None, config: Config = None) -> 
 
 
 @app.command(name="finalize")
-def finalize_(dest: str, /, *, partial: bool | None = None, config: Config = None) -> None:
+def finalize_(dest: str | None = None, /, *, partial: bool | None = None, config: Config = None) -> None:
     """Make one data set of all finished tasks: key index, side files, manifest.
 
     Example: sa1b-wds finalize /data/shards
 
     Parameters
     ----------
+    dest
+        The folder of the data set.
     partial
         Publish without the tasks that are missing; the manifest lists them.
     """
     from .convert import finalize
     from .storage import Destination
 
-    s = _settings("finalize", config, {"partial": partial}, {"partial": False})
-    made = finalize(Destination(dest), partial=s["partial"])
+    o = options.load(config, options.Finalize, dest=dest, partial=partial)
+    destination = Destination(_required(o.dest, "DEST"))
+    made = finalize(destination, partial=o.partial)
     _say(
-        f"{dest}: {made.totals.samples:,} images, {made.totals.annotations:,} masks in {made.totals.shards:,} shards"
+        f"{destination.where}: {made.totals.samples:,} images, {made.totals.annotations:,} masks in {made.totals.shards:,} shards"
         + (f"; {len(made.missing_tasks):,} tasks missing" if made.missing_tasks else "")
     )
 
 
 @app.command
 def verify(
-    dest: str,
+    dest: str | None = None,
     /,
     *,
     deep: bool | None = None,
@@ -414,6 +409,8 @@ def verify(
 
     Parameters
     ----------
+    dest
+        The folder of the data set.
     deep
         Parse every member, decode every RLE, recompute areas, hold jpg headers against the annotations.
     against
@@ -425,25 +422,27 @@ def verify(
     from .progress import bytes_display
     from .storage import Destination
 
-    given = {"deep": deep, "against": against, "workers": workers}
-    s = _settings("verify", config, given, {"deep": False, "workers": 1})
+    o = options.load(config, options.Verify, dest=dest, deep=deep, against=against, workers=workers)
+    destination = Destination(_required(o.dest, "DEST"))
     with bytes_display("verifying") as report:
-        found = checks.verify(Destination(dest), report=report, **s)
+        found = checks.verify(destination, deep=o.deep, against=o.against or None, report=report, workers=o.workers)
     for difference in found:
         _say(str(difference))
     if found:
-        raise Different(dest, f"{len(found):,} differences")
-    _say(f"{dest}: no difference")
+        raise Different(destination.where, f"{len(found):,} differences")
+    _say(f"{destination.where}: no difference")
 
 
 @app.command
-def restore(dest: str, /, *, out: str | None = None, config: Config = None) -> None:
+def restore(dest: str | None = None, /, *, out: str | None = None, config: Config = None) -> None:
     """Write the source tars again: every jpg and json byte for byte, pairs adjacent.
 
     Example: sa1b-wds restore /data/shards --out /data/tars
 
     Parameters
     ----------
+    dest
+        The folder of the data set.
     out
         The folder for the tars.
     """
@@ -451,20 +450,23 @@ def restore(dest: str, /, *, out: str | None = None, config: Config = None) -> N
     from .restore import restore as run
     from .storage import Destination
 
-    folder = Path(_required(_settings("restore", config, {"out": out}, {})["out"], "--out"))
+    o = options.load(config, options.Restore, dest=dest, out=out)
+    destination, folder = Destination(_required(o.dest, "DEST")), _required(o.out, "--out")
     with bytes_display("restoring") as report:
-        done = run(Destination(dest), folder, report=report)
+        done = run(destination, folder, report=report)
     _say(f"{folder}: {done}")
 
 
 @app.command
-def stats(dest: str, /, *, json: bool | None = None, config: Config = None) -> None:
+def stats(dest: str | None = None, /, *, json: bool | None = None, config: Config = None) -> None:
     """Totals and distributions: bytes and samples a shard, masks an image, counts length, scores.
 
     Example: sa1b-wds stats /data/shards
 
     Parameters
     ----------
+    dest
+        The folder of the data set.
     json
         For programs.
     """
@@ -473,9 +475,9 @@ def stats(dest: str, /, *, json: bool | None = None, config: Config = None) -> N
     from . import report
     from .storage import Destination
 
-    as_json = _settings("stats", config, {"json": json}, {})["json"]
-    found = report.statistics(Destination(dest))
-    _say(msgspec.json.encode(found).decode() if as_json else report.table(found))
+    o = options.load(config, options.Stats, dest=dest, json=json)
+    found = report.statistics(Destination(_required(o.dest, "DEST")))
+    _say(msgspec.json.encode(found).decode() if o.json else report.table(found))
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,7 @@ A task that fails does not stop the others: each ends as an `Outcome` or a `Fail
 """
 
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -44,6 +45,7 @@ def cores() -> int:
 
 def one_process(job: Job, tasks: list[int], report: Report) -> Iterator[Outcome | Failure]:
     """The tasks one after the other, in this process (whose threads still work side by side)."""
+    gc.freeze()  # what the imports made need not be looked at again in every collection
     for task in tasks:
         try:
             yield run_reported(job, task, report)
@@ -138,6 +140,7 @@ def _work(pipe: _Connection, job: Job) -> None:
     """A worker's life: tasks come in, progress and outcomes go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
     signal.signal(signal.SIGTERM, _stop)
+    gc.freeze()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             task = pipe.recv()
