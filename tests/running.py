@@ -118,6 +118,15 @@ def receipts(dest: Path) -> list[Receipt]:
     return [msgspec.json.decode(p.read_bytes(), type=Receipt) for p in sorted((dest / "receipts").glob("*.json"))]
 
 
+def receiptless(dest: Path) -> list[str]:
+    """Shards and quarantines that no receipt names."""
+    named = {fact.name for r in receipts(dest) for fact in r.quarantine} | {
+        s.name for r in receipts(dest) for s in r.shards
+    }
+    there = {n for n, kind in tree(dest).items() if kind != "folder" and (n.endswith(".tar") or "quarantine/" in n)}
+    return sorted(n for n in there - named if not n.startswith(".state/"))
+
+
 @dataclass(frozen=True)
 class Quarantined:
     """A line of a quarantine, and the bytes that were stored for it."""
