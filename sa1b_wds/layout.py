@@ -144,8 +144,11 @@ def check_end(file: Ranged, at: int, where: str, seen: int = 0) -> None:
 def _block(file: Ranged, at: int, head: memoryview, where: str) -> bytes:
     got = file.read(at, [head])
     if got < len(head):
+        # What stands before this header was passed over, not read: the shard may have ended there.
+        end = at + got if got else at + min(0, file.behind(at))
+        place = f"{where}: byte {end:,}"
         raise ShardDamaged(
-            f"{where}: byte {at + got:,}", "the shard stops without its end", "a header or the end", f"{got} bytes"
+            place, "the shard stops without its end", f"a header or the end at byte {at:,}", f"{got} bytes"
         )
     return bytes(head)
 
