@@ -348,7 +348,7 @@ def _reason(damage: _Broken) -> str:
 def _header_size(head: bytes) -> int:
     """Length of the gzip header that `head` begins with; _Broken if it is none, or is cut."""
     if head[:3] != (_MAGIC + b"\x08")[: len(head)] or not head:
-        raise _Broken("behind a gzip member stands neither another nor only zeros", "1f8b08", head[:3].hex())
+        raise _Broken("neither a gzip member nor zeros to the end of the file", "1f8b08", head[:3].hex())
     cut = _Broken("the gzip stream ends early", "the rest of a gzip header", "end of file")
     if len(head) < 10:
         raise cut

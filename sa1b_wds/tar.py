@@ -5,14 +5,20 @@ does not check out, a file that stops between two members, one zero block alone,
 is damage, and says at which byte. (`tarfile` and all that build on it end there without a word.) It reads to the last
 byte of its stream, so every checksum of a gzip source is compared.
 
-Accepted on purpose: any owner, mode and time, members of any kind (what is not a file is passed over with its right
-length, and named), and padding that is not zero, which POSIX leaves open and old writers filled with what was in their
-buffer; but not a last block that is itself a header: then bytes are missing, and a member has swallowed the next.
+Where bytes are missing from an archive, a member swallows the header of another; if whole members went with it, a
+header may follow again as if nothing had happened. So the blocks of every member that is wanted are looked at, and a
+header among them is damage. (Of a member that is not wanted, only the last block: it may well be a tar.)
+
+Accepted on purpose: any owner, mode and time; members of any kind (what is not a file is passed over with its right
+length, and named); padding that is not zero, which POSIX leaves open and old writers filled with what they had.
 
 To salvage, damage ends nothing: the reader looks for the next header whose checksum holds, on a 512-byte boundary of
-the archive, or at any byte after a gap in a gzip stream. A member that is cut, that a gap runs through, or whose data
-holds the header of another while what follows it is no header (bytes went missing in it) is not yielded. Every byte is
-accounted for: position of the stream = spans + zeros + the sizes in `skipped`.
+the archive, or at any byte after a gap in a gzip stream. A member that is cut, that a gap runs through, or that has
+swallowed another's header is not yielded. Every byte is accounted for: what the stream delivered = spans + zeros + the
+sizes in `skipped`. What an archive says about a member's bytes ends there: a changed byte in its data is found by the
+checksum of gzip or by nobody.
+
+Cost: 10 µs a member, and 5 µs/MiB to look for headers in it, where inflating takes 1,000 to 1,500.
 """
 
 import re
@@ -288,12 +294,7 @@ class Reader:
         """Read a member's data, its padding and the next block."""
         size, shown = member.size, _shown(member.name)
         if size and member.bare:
-            block = self._block("a header")
-            if block == _ZERO or _checks_out(block):
-                self._ahead = block
-                return self._entry(member, 0), None
-            self._skip(size + padding(size) - BLOCK, shown)
-            return self._entry(member, size), None
+            return self._entry(member, self._bare(size, shown)), None
         entry = self._entry(member, size)
         data = self._allocate(entry) if member.kind == "file" else None
         if data is not None:
@@ -311,6 +312,23 @@ class Reader:
         else:
             self._unbroken(shown, size, data, pad, got)
         return entry, data
+
+    def _bare(self, size: int, shown: str) -> int:
+        """Pass over the data of a member that should have none; how much there really is."""
+        for done in range(0, size, BLOCK):
+            at, block = self._here(), self._block(shown)
+            if (not done and block == _ZERO) or _checks_out(block):
+                if not done:
+                    self._ahead = block
+                    return 0
+                if self._back is not None:
+                    self._back.put(block, short=False)
+                raise self._swallowed(shown, at)
+        return size
+
+    def _swallowed(self, shown: str, at: int) -> SourceDamaged:
+        what = f"bytes are missing in {shown}: it has swallowed the header of another member"
+        return self._fault(self._start, what, None, f"that header at byte {at:,}")
 
     def _unbroken(self, shown: str, size: int, data: memoryview | None, pad: int, got: int) -> None:
         """Raise where bytes are missing in a member, so that it has swallowed the header of another.
@@ -331,8 +349,7 @@ class Reader:
         if self._back is not None:
             self._ahead = None
             self._back.put(bytes(held[inner:]) + bytes(self._small[:got]), short=got < pad + BLOCK)
-        what = f"bytes are missing in {shown}: it has swallowed the header of another member"
-        raise self._fault(self._start, what, None, f"that header at byte {at:,}")
+        raise self._swallowed(shown, at)
 
     def _follows(self) -> bool:
         """Whether a header or the end stands behind the member just read."""

@@ -390,6 +390,23 @@ def test_links_with_and_without_data() -> None:
     assert [(e.name, e.size, e.kind, d) for e, d in found] == [("l", 700, "link", None), ("last", 0, "file", b"")]
 
 
+def test_a_link_that_swallowed_a_header_is_damage() -> None:
+    first = by_hand(b"l", b"%011o\0" % 1500, b"1") + noise(512)
+    broken = first + by_hand(b"a") + by_hand(b"b") + by_hand(b"c") + END
+    assert "swallowed the header of another" in damage(broken).what
+    found, skipped = salvage(broken)
+    assert list(found) == ["a", "b", "c"]
+    assert [(s.offset, s.size) for s in skipped] == [(0, len(first))]
+
+
+def test_a_tar_inside_the_tar_is_let_be_where_nobody_wants_it() -> None:
+    inner = archive(sample(2))
+    whole = archive([("inner.tar", inner), ("sa_1.jpg", b"x")])
+    read = reader(whole, keep=lambda e: e.name != "inner.tar")
+    assert [(e.name, e.size) for e, _ in read] == [("inner.tar", len(inner)), ("sa_1.jpg", 1)]
+    assert "swallowed the header of another" in damage(whole).what
+
+
 @pytest.mark.parametrize("kind", [b"D", b"M", b"N", b"V", b"A", b"Z", b"9"])
 def test_kinds_that_only_their_writer_knows(kind: bytes) -> None:
     found = entries(by_hand(b"u", b"%011o\0" % 700, kind) + noise(700).ljust(1024, b"\0") + by_hand(b"last") + END)
