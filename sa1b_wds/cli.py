@@ -149,7 +149,7 @@ def _plan(o: "options.Plan | options.Convert") -> "tuple[Plan, dict[str, str]]":
 
     _required(o.out, "--out")
     found = survey(_required(o.sources, "SOURCES"), o.assume_size)
-    made = plan_sources(found, shard_size=o.shard_size, mix=o.mix, seed=o.seed)
+    made = plan_sources(found, shard_size=int(o.shard_size), mix=o.mix, seed=o.seed)
     return made, {name: url for name, (url, _) in found.items()}
 
 
@@ -159,8 +159,8 @@ def _say_plan(made: "Plan") -> None:
     sizes = made.expected_sizes()
     total = sum(source.size for source in made.sources)
     _say(
-        f"{len(made.sources):,} sources, {megabytes(total)} → {made.shards:,} shards of about {megabytes(total / made.shards)} "
-        f"in {len(made.tasks):,} tasks; largest/smallest expected {max(sizes) / min(sizes):.3f}"
+        f"{len(made.sources):,} sources, {megabytes(total)} → {made.shards:,} shards "
+        f"of about {megabytes(total / made.shards)} in {len(made.tasks):,} tasks; largest/smallest expected {max(sizes) / min(sizes):.3f}"
     )
 
 
@@ -247,7 +247,7 @@ def convert(
         # The other tasks' sources need not be within reach of this machine.
         locations = {name_of(url): url for url in expand(_required(o.sources, "SOURCES"))}
     how = Options(
-        on_damage=o.on_damage, pairing_buffer=o.pairing_buffer, scratch=o.scratch, max_quarantine=o.max_quarantine
+        on_damage=o.on_damage, pairing_buffer=int(o.pairing_buffer), scratch=o.scratch, max_quarantine=o.max_quarantine
     )
     job = Job(destination=destination, plan=made, locations=locations, options=how)
     if task is None:

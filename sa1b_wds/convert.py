@@ -68,7 +68,7 @@ from .storage import (
 )
 
 KEY_ROW = np.dtype([("image_id", "<i8"), ("shard", "<u4"), ("index", "<u4")])
-"""A sample in `index/keys.bin`, which is sorted by image_id: its shard's place in the manifest, its own in the shard."""
+"""A sample in `index/keys.bin`, sorted by image_id: the place of its shard in the manifest, its own in the shard."""
 
 MIB = 1 << 20
 
@@ -323,8 +323,8 @@ def _check(
     if quarantine.members > options.max_quarantine * members:
         raise TooManyQuarantined(
             f"task {index} ({names})",
-            f"{quarantine.members:,} of {members:,} members are no good, more than --max-quarantine {options.max_quarantine:g} "
-            f"allows; the first: {quarantine.first_reason}",
+            f"{quarantine.members:,} of {members:,} members are no good, "
+            f"more than --max-quarantine {options.max_quarantine:g} allows; the first: {quarantine.first_reason}",
         )
     if samples < task.shards:
         # The shard size may move by a tenth, and K is rounded: with this one, K stays below the number of samples.
@@ -405,7 +405,8 @@ def finalize(destination: Destination, *, partial: bool = False) -> Manifest:
     if missing and (not partial or len(missing) == len(plan.tasks)):
         raise Incomplete(
             destination.where,
-            f"{len(missing):,} of {len(plan.tasks):,} tasks are missing: {ranges(missing)}; run `sa1b-wds convert` again"
+            f"{len(missing):,} of {len(plan.tasks):,} tasks are missing: {ranges(missing)}; "
+            "run `sa1b-wds convert` again"
             + ("" if partial else ", or publish the others with `sa1b-wds finalize --partial`"),
         )
     done = sorted(set(range(len(plan.tasks))) - set(missing))
@@ -469,8 +470,8 @@ def _key_index(destination: Destination, plan: Plan, shards: list[str]) -> bytes
         ]
         raise DuplicateKey(
             destination.where,
-            f"sa_{int(joined['image_id'][i])} stands in two sources: {places[0]} and {places[1]}; {same.size:,} keys in all. "
-            "Leave one of the sources out and convert into an empty folder",
+            f"sa_{int(joined['image_id'][i])} stands in two sources: {places[0]} and {places[1]}; "
+            f"{same.size:,} keys in all. Leave one of the sources out and convert into an empty folder",
         )
     return joined.tobytes()
 

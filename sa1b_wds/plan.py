@@ -7,6 +7,7 @@ run as equal as possible. So every shard has its number before the first byte mo
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -96,7 +97,7 @@ def make_plan(sources: Sequence[Source], *, shard_size: int, mix: int, seed: int
     if not 0 <= seed < 1 << 63:
         raise UsageError("plan: --seed", "out of range", "0 to 2^63 - 1", seed)
     ordered = sorted(sources, key=lambda s: s.name)
-    for a, b in zip(ordered, ordered[1:], strict=False):
+    for a, b in itertools.pairwise(ordered):
         if a.name == b.name:
             raise UsageError(f"plan: {a.name}", "two sources of this name: names tell them apart")
     for s in ordered:

@@ -89,8 +89,8 @@ dataset_info:
 
 # SA-1B as WebDataset shards
 
-{totals.samples:,} images with {totals.annotations:,} masks in {totals.shards:,} shards ({totals.bytes:,} bytes), made by
-sa1b-wds. Each sample is two members: `sa_<id>.jpg`, the bytes that Meta published, and `sa_<id>.safetensors`, all
+{totals.samples:,} images with {totals.annotations:,} masks in {totals.shards:,} shards ({totals.bytes:,} bytes), made
+by sa1b-wds. Each sample is two members: `sa_<id>.jpg`, the bytes that Meta published, and `sa_<id>.safetensors`, all
 annotations of the image as columns. `manifest.json` lists every shard with its size, counts and SHA-256.
 
 SA-1B is published by Meta under a research licence, which applies to these shards as it does to the original.
