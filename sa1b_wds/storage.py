@@ -372,6 +372,17 @@ class Attempt:
             _sync_folder((root / last).parent)
         return True
 
+    def publish_one(self, name: str) -> bool:
+        """Put one finished file in its place; False, and nothing happens, if there is one already."""
+        path = self.destination.path(name)
+        with translating(self.destination.place(name)):
+            try:
+                os.link(self._path(name), path)
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
+        return True
+
     def __enter__(self) -> "Attempt":
         return self
 
