@@ -27,7 +27,7 @@ def check_keys(tell: Tell, destination: Destination, shards: Sequence[ShardFact]
     where = destination.place(KEYS_NAME)
     try:
         data = destination.read(KEYS_NAME)
-        if len(data) % KEY_ROW.itemsize:
+        if len(data) % KEY_ROW.itemsize or not data:
             found.add(where, "length", f"a multiple of {KEY_ROW.itemsize}", len(data))
             return found
         table = np.frombuffer(data, KEY_ROW)
@@ -43,7 +43,7 @@ def check_keys(tell: Tell, destination: Destination, shards: Sequence[ShardFact]
             tell(0)
             rows = np.frombuffer(destination.read(f"index/{fact.name.removesuffix('.tar')}.rows"), ROW)
             samples += len(rows)
-            at = np.minimum(np.searchsorted(ids, rows["image_id"]), max(len(ids) - 1, 0))
+            at = np.minimum(np.searchsorted(ids, rows["image_id"]), len(ids) - 1)
             right = (table["shard"][at] == number) & (table["index"][at] == np.arange(len(rows)))
             for i in np.flatnonzero((ids[at] != rows["image_id"]) | ~right).tolist():
                 found.add(

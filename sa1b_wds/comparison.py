@@ -109,6 +109,7 @@ class _Comparison:
                 self._give(buffer)
         finally:
             ahead.close()
+            self._pool.close()
         where, missing = self._url, np.argwhere(~self._hits)
         for i, half in missing.tolist():
             self._found.add(self._places.where(i), f"{where} has no {_SUFFIXES[half]} of it")

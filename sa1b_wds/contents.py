@@ -1,6 +1,7 @@
 """The files of a data set against their facts: hashed and, to look deep, the shards parsed in the same pass."""
 
 import hashlib
+import mmap
 import threading
 from collections.abc import Sequence
 
@@ -9,7 +10,6 @@ from zlib_ng import zlib_ng
 
 from . import images, tar
 from .annotations import Packer, unpack
-from .buffers import GRAIN, Buffer
 from .differences import Found, Tell, first_difference
 from .errors import DataError, SampleRejected, ShardDamaged, StorageError
 from .layout import JPG, PACKED, ROW, image_id_of, parse_header
@@ -207,16 +207,17 @@ class _Shard:
 
 
 class Room:
-    """Memory for one member after the other."""
+    """Memory for one member after the other; a fresh mapping for each would cost more in page faults than its hash."""
 
     def __init__(self) -> None:
-        self._buffer = Buffer(GRAIN)
-        self.view = self._buffer.memory[:0]
+        self._memory = memoryview(mmap.mmap(-1, MIB))
+        self.view = self._memory[:0]
 
     def take(self, size: int) -> memoryview:
-        if size > self._buffer.room:
-            self._buffer = Buffer(-(-size * 5 // 4 // GRAIN) * GRAIN)
-        self.view = self._buffer.memory[:size]
+        """A view of so many bytes; the one before is no longer good."""
+        if size > len(self._memory):
+            self._memory = memoryview(mmap.mmap(-1, -(-size * 5 // 4 // MIB) * MIB))
+        self.view = self._memory[:size]
         return self.view
 
 

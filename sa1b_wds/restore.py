@@ -77,7 +77,8 @@ def restore(
     done = [(task, shards) for i, task in enumerate(plan.tasks) if (shards := shards_of(manifest, plan, i)) is not None]
     for task, _ in done:
         for number in task.sources:
-            _refuse_to_overwrite(folder, plan.sources[number].name)
+            if folder.exists(plan.sources[number].name):
+                raise _is_there(folder, plan.sources[number].name)
     total = sum(shard.bytes for shard in manifest.shards)
     counter = _Counter(report, total)
     restored = 0
@@ -87,8 +88,8 @@ def restore(
                 places = Places(destination, shards, number)
                 with folder.attempt(f"restore-{number:06d}") as attempt:
                     restored += _restore_one(attempt, plan.sources[number].name, places, counter)
-                    _refuse_to_overwrite(folder, plan.sources[number].name)
-                    attempt.publish()
+                    if not attempt.publish_one(plan.sources[number].name):
+                        raise _is_there(folder, plan.sources[number].name)
     finally:
         folder.clear_state()
     report(total, total)
@@ -248,9 +249,8 @@ class _Counter:
         self._report(self._done, self._total)
 
 
-def _refuse_to_overwrite(folder: Destination, name: str) -> None:
-    if folder.exists(name):
-        raise UsageError(folder.place(name), "is there already; restore into another folder, or move it away")
+def _is_there(folder: Destination, name: str) -> UsageError:
+    return UsageError(folder.place(name), "is there already; restore into another folder, or move it away")
 
 
 @dataclass(slots=True, eq=False)
@@ -304,4 +304,5 @@ def _restore_one(attempt: Attempt, name: str, places: Places, counter: _Counter)
         writer.close()
         ahead.close()
         places.close()
+        pool.close()
     return written + len(tar.END)
