@@ -160,7 +160,8 @@ def _say_plan(made: "Plan") -> None:
     total = sum(source.size for source in made.sources)
     _say(
         f"{len(made.sources):,} sources, {megabytes(total)} → {made.shards:,} shards "
-        f"of about {megabytes(total / made.shards)} in {len(made.tasks):,} tasks; largest/smallest expected {max(sizes) / min(sizes):.3f}"
+        f"of about {megabytes(total / made.shards)} in {len(made.tasks):,} tasks; "
+        f"largest/smallest expected {max(sizes) / min(sizes):.3f}"
     )
 
 
@@ -387,7 +388,8 @@ def finalize_(dest: str | None = None, /, *, partial: bool | None = None, config
     destination = Destination(_required(o.dest, "DEST"))
     made = finalize(destination, partial=o.partial)
     _say(
-        f"{destination.where}: {made.totals.samples:,} images, {made.totals.annotations:,} masks in {made.totals.shards:,} shards"
+        f"{destination.where}: {made.totals.samples:,} images, {made.totals.annotations:,} masks "
+        f"in {made.totals.shards:,} shards"
         + (f"; {len(made.missing_tasks):,} tasks missing" if made.missing_tasks else "")
     )
 

@@ -17,19 +17,14 @@ def main(shards: str, picture: str) -> None:
     ds = sa1b_wds.open(shards)
     sample = ds[0]
     a = sample.annotations
-    print(
-        f"{len(ds):,} samples; the first is {sample.key}: {a.width} x {a.height}, {len(a)} masks, {len(sample.jpg):,} bytes"
-    )
-    print(
-        f"its first mask: bbox {a.bbox[0].tolist()}, area {a.area[0]:,}, at 256 x 256 {a.masks((256, 256), [0]).sum():,} pixels"
-    )
+    print(f"{len(ds):,} samples; the first is {sample.key}: {a.width} x {a.height}, {len(a)} masks")
+    small = a.masks((256, 256), [0])
+    print(f"its first mask: bbox {a.bbox[0].tolist()}, area {a.area[0]:,}; at 256 x 256 {small.sum():,} pixels")
 
     stream = ds.stream(batch_size=4, image_size=512, mask_size=512, masks_per_image=64, seed=0)
     for number, batch in zip(range(2), stream, strict=False):
-        masks = int(batch["valid"].sum())
-        print(
-            f"batch {number}: image {batch['image'].shape}, masks {batch['masks'].shape}, {masks} of them real, keys {batch['key']}"
-        )
+        shapes = f"image {batch['image'].shape}, masks {batch['masks'].shape}, {batch['valid'].sum()} of them real"
+        print(f"batch {number}: {shapes}, keys {batch['key']}")
         if number == 0:
             draw(batch["image"][0], batch["masks"][0][batch["valid"][0]], Path(picture))
             print(f"{picture}: {batch['key'][0]} with its masks")
