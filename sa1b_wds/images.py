@@ -6,9 +6,9 @@ of the time at any scale, so the scale is chosen for quality too: 1/2 where that
 linear resize from full size would be slower and no better), 1/4 and 1/8 only where they leave 7/4 of it. Scales between
 these, such as 5/8, have no fast code in libjpeg-turbo and cost more than the whole image.
 
-How far that is from a full decode and an area resize (`fast=False`, which takes twice as long at 1024), on eight SA-1B
-photographs (`scripts/bench/images`), as PSNR in dB, lowest and mean: PSNR_FIGURES. Most of it
-is sharpness: the DCT scale keeps what the area filter blurs.
+How far that is from a full decode and an area resize (`fast=False`, which takes twice as long), on eight SA-1B
+photographs (`scripts/bench/images`), as PSNR in dB, lowest and mean: 33.5 and 37.8 at 1024, 34.3 and 39.2 at 640, 31.6
+and 36.2 at 512, 31.1 and 33.8 at 256. Most of it is sharpness: the DCT scale keeps what the area filter blurs.
 
 An EXIF orientation is never applied: SA-1B's masks, boxes and points refer to the pixels as they are stored.
 """

@@ -14,8 +14,9 @@ Both place the source in the same way: a *window* of it (y0, x0, h, w), in sourc
 image (nothing is there), is stretched to the target (H, W); for `nearest` row i takes source row
 y0 + ⌊(2i + 1)·h / 2H⌋, columns alike. A flip mirrors the result.
 
-Cost on one core: a walk takes about a nanosecond a character, clearing and writing the output most of the rest:
-100 masks to 256 × 256 in 0.1 to 0.2 ms, a full-size mask of 2250 × 1500 in less than 0.1 ms.
+Cost on one core (`scripts/bench/rle`): a walk takes about a nanosecond a character, clearing and writing the output the
+rest, which is the speed of the memory. 100 masks of 2250 × 1500 to 256 × 256 take 0.15 to 0.4 ms, depending on whether
+the output is in a cache, at full size 6 ms.
 """
 
 import threading
