@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -515,4 +516,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run() -> None:
+    """The console script."""
+    if isinstance(sys.stdout, TextIOWrapper):  # what a locale or a terminal cannot show must not end a conversion
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())
