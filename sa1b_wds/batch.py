@@ -7,7 +7,7 @@ the same few pages all the time, and one that collects batches gets new memory f
 
 import mmap
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 import numpy as np
@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 Layout = Mapping[str, tuple[tuple[int, ...], "npt.DTypeLike"]]
 """(shape, dtype) of each array."""
+
+U8 = npt.NDArray[np.uint8]
 
 _ALIGN = 4096
 
@@ -59,25 +61,43 @@ class Batch(TypedDict, total=False):
 
 
 class _Lease:
-    """Memory that goes back to its pool when nobody looks at it any more."""
+    """A piece of memory that goes back to its pool when nobody looks at it any more."""
 
-    def __init__(self, pool: "Memory", memory: mmap.mmap) -> None:
-        self._pool, self._memory = pool, memory
-        address = np.frombuffer(memory, np.uint8).__array_interface__["data"]
+    def __init__(self, pool: "Memory", piece: U8) -> None:
+        self._pool, self.piece = pool, piece
+        address = piece.__array_interface__["data"]
         # numpy keeps this object alive for as long as any array on it lives.
-        self.__array_interface__ = {"shape": (len(memory),), "typestr": "|u1", "data": address, "version": 3}
+        self.__array_interface__ = {"shape": piece.shape, "typestr": "|u1", "data": address, "version": 3}
 
     def __del__(self) -> None:
-        self._pool.give(self._memory)
+        self._pool.give(self.piece)
+
+
+def piece_of(array: npt.NDArray[Any]) -> U8 | None:
+    """The whole piece of memory that an array of a batch lies on, as it was allocated; None for any other array."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base.piece if isinstance(base, _Lease) else None
+
+
+def _fresh(size: int) -> U8:
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
 
 
 class Memory:
     """Pieces of memory of any size, those given back last first."""
 
-    def __init__(self, keep: int) -> None:
-        """`keep`: how many unused pieces may lie around."""
-        self._keep = keep
-        self._free: list[mmap.mmap] = []
+    def __init__(self, keep: int, allocate: Callable[[int], U8] = _fresh) -> None:
+        """
+        Args:
+            keep: how many unused pieces may lie around. 0 where the last view is not the last use: memory that a
+                device or another process still reads is for its own allocator to use again.
+            allocate: bytes → an array of so many, contiguous, whose address is a multiple of 64 (page-locked memory,
+                shared memory).
+        """
+        self._keep, self._allocate = keep, allocate
+        self._free: list[U8] = []
         # Reentrant: a lease may die, and give back, while this thread is inside.
         self._lock = threading.RLock()
 
@@ -94,17 +114,17 @@ class Memory:
             for name, (begin, size) in places.items()
         }
 
-    def _take(self, size: int) -> mmap.mmap:
+    def _take(self, size: int) -> U8:
         with self._lock:
             for i in range(len(self._free) - 1, -1, -1):
                 if size <= len(self._free[i]) <= size + size // 2:
                     return self._free.pop(i)
-        return mmap.mmap(-1, size)
+        return self._allocate(size)
 
-    def give(self, memory: mmap.mmap) -> None:
-        """Memory that nobody uses any more."""
+    def give(self, piece: U8) -> None:
+        """A piece that nobody uses any more."""
         with self._lock:
-            self._free.append(memory)
+            self._free.append(piece)
             if len(self._free) > self._keep:
                 del self._free[0]
 

@@ -133,8 +133,9 @@ class Stream:
             max_skipped=max_skipped,
         )
         self._log_every = log_every
-        self._worker, self._workers = 0, 1
-        self._memory = Memory(keep=prefetch + 2)
+        self._worker, self._workers, self._section = 0, 1, 0
+        self.memory = Memory(keep=prefetch + 2)
+        """What batches are made on; an adapter may put memory of another kind here before it iterates."""
         self._past = Sums()
         self._running: weakref.ref[_Batches] | None = None
         self._resumed: State | None = None
@@ -143,11 +144,11 @@ class Stream:
         self._move(self._state)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_running": None, "_order": None, "_memory": None, "_past": None}
+        return {**self.__dict__, "_running": None, "_order": None, "memory": None, "_past": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._memory, self._past = Memory(keep=self.limits.prefetch + 2), Sums()
+        self.memory, self._past = Memory(keep=self.limits.prefetch + 2), Sums()
 
     def __repr__(self) -> str:
         return f"Stream({self.dataset!r}, batch_size={self.batch_size}, {self.world}, epoch={self.epoch})"
@@ -186,9 +187,11 @@ class Stream:
 
     def _move(self, state: State) -> None:
         """Go on from `state` in this stream's shape."""
-        leg = self._leg(state.legs[-1] if state.legs else None)
-        self._state = replace(state, legs=tuple(go_on(state.legs, leg)))
+        had = [leg for leg in state.legs if leg.most]
+        legs = go_on(had, self._leg(had[-1] if had else None))
+        self._state = replace(state, legs=tuple(legs))
         self._order = None
+        self._section = (legs[-1].most + self._worker) % self._workers
 
     def _leg(self, last: Leg | None) -> Leg:
         """This stream's shape; where the global batch stays the same, with the lanes that let the order go on."""
@@ -255,13 +258,19 @@ class Stream:
     def in_worker(self, worker: int, workers: int) -> "Stream":
         """This stream in one of several worker processes of a rank, which makes every `workers`-th batch.
 
-        The batches t ≡ worker (mod workers) of a leg; with one worker, the bare order.
+        Worker 0 begins with the next batch of the leg, worker 1 with the one after it, and so on: what takes from them
+        in turn gets the leg's order. They share the rank's threads and its budget; one worker keeps the bare order.
         """
         if not 0 <= worker < workers:
             raise UsageError("worker", "out of range", f"0 to {workers - 1}", worker)
         made = Stream.__new__(Stream)
         made.__setstate__(self.__getstate__())
         made._worker, made._workers = worker, workers
+        made.limits = replace(
+            self.limits,
+            threads=max(1, self.limits.threads // workers),
+            read_ahead=self.limits.read_ahead // workers,
+        )
         made._move(self._state)
         return made
 
@@ -288,7 +297,7 @@ class Stream:
     def _start(self) -> Pipeline:
         order, state = self.order, self._state
         begin = state.legs[-1].most
-        first = begin + (self._worker - begin) % self._workers
+        first = begin + (self._section - begin) % self._workers
         return Pipeline(
             shards=self.dataset.shards,
             selection=self.dataset.selection,
@@ -299,7 +308,7 @@ class Stream:
             seed=state.seed,
             epoch=state.epoch,
             limits=self.limits,
-            memory=self._memory,
+            memory=self.memory,
             skipped=self._past.skipped,
         )
 
