@@ -5,11 +5,12 @@ read here, so the start of every gzip member is known to the byte, and its CRC-3
 module and by nobody else. A stream may have many members, and zeros may follow the last. Everything else is damage:
 above all a stream that stops early, which is never taken for an end.
 
-Output comes in 64 KiB pieces: bytes of that size live on the heap, so the kernel maps no fresh page for them, and
-copying them into the caller's buffer while they are in the cache costs 1 to 2 % of inflating them.
+Output comes in 64 KiB pieces: bytes of that size live on the heap, so the kernel maps no fresh page for them, and they
+are copied into the caller's buffer while they are in the cache. All of it, with the tar reader on top, takes 5 to 7 %
+more processor time than ISA-L alone into one buffer. The GIL is free while ISA-L works.
 
-To salvage, the input is fed in small pieces, so an error costs little of what stands before it; the stream then goes
-on at the next place that reads like a gzip member (header, then deflate data without an error as far as one look
+To salvage, the input is fed in small pieces (at half the speed), so an error costs little of what stands before it; the
+stream then goes on at the next place that reads like a gzip member (header, then deflate data without an error as far as one look
 goes). What was lost is listed in `gaps`, and nothing is promised about where in the tar the next byte belongs.
 """
 
