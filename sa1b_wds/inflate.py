@@ -10,8 +10,9 @@ are copied into the caller's buffer while they are in the cache. All of it, with
 more processor time than ISA-L alone into one buffer. The GIL is free while ISA-L works.
 
 To salvage, the input is fed in small pieces (at half the speed), so an error costs little of what stands before it; the
-stream then goes on at the next place that reads like a gzip member (header, then deflate data without an error as far as one look
-goes). What was lost is listed in `gaps`, and nothing is promised about where in the tar the next byte belongs.
+stream then goes on at the next place that reads like a gzip member (header, then deflate data without an error as far
+as one look goes). What was lost is listed in `gaps`, and nothing is promised about where in the tar the next byte
+belongs.
 """
 
 import zlib
