@@ -27,6 +27,7 @@ from .selection import SPLIT, Selection, parse_split
 from .storage import Destination, expand, local_path
 
 if TYPE_CHECKING:
+    from .examples import Examples
     from .images import U8
     from .stream import Stream
 
@@ -36,11 +37,12 @@ _SCANNERS = 8  # shards read at once where there is no manifest
 class Sample:
     """One image with its annotations; its bytes are here and checked, nothing is decoded before it is asked for."""
 
-    def __init__(self, key: str, image_id: int, where: str, jpg: bytes, member: bytes) -> None:
+    def __init__(self, key: str, image_id: int, where: str, jpg: bytes, packed: bytes) -> None:
         self.key, self.image_id, self.where = key, image_id, where
         self.jpg = jpg
         """The JPEG as Meta published it."""
-        self._member = member
+        self.packed = packed
+        """The member that holds the annotations, in safetensors' format."""
 
     def __repr__(self) -> str:
         return f"Sample({self.key!r}, {len(self.jpg):,} bytes of JPEG)"
@@ -53,7 +55,7 @@ class Sample:
             FormatError: a member that is not of format version 1.
             ShardDamaged: the annotations of another image.
         """
-        a = unpack(self._member, self.where)
+        a = unpack(self.packed, self.where)
         if a.image_id != self.image_id:
             raise ShardDamaged(self.where, "annotations of another image", self.image_id, a.image_id)
         return a
@@ -167,6 +169,12 @@ class Dataset:
         from .stream import Stream
 
         return Stream(self, **options)
+
+    def as_tfds(self) -> "Examples":
+        """What `tfds.as_numpy(tfds.load("segment_anything"))` gives: see `sa1b_wds.examples`; no TensorFlow needed."""
+        from .examples import Examples
+
+        return Examples(self)
 
     def fingerprint(self, drop_last: bool) -> str:
         """What the state of a stream over these samples is bound to."""
