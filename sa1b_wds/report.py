@@ -27,7 +27,7 @@ __all__ = ["Distribution", "Statistics", "statistics", "table"]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-_PERCENTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
+_PERCENTILES = {"p10": 10, "p50": 50, "p90": 90, "p99": 99}
 _DROPPED_BITS = 52 - 14
 _THREADS = 4
 """They wait for the disk, or for object storage, at the same time."""
@@ -196,8 +196,8 @@ class _Bins:
         (keys,), (counts,) = self.keys, self.counts
         upto = np.cumsum(counts)
         n = int(upto[-1])
-        ranks = np.array([math.ceil(share * n) for share in _PERCENTILES.values()])
-        chosen = keys[np.searchsorted(upto, np.maximum(ranks, 1))]
+        ranks = [_rank(share, n) for share in _PERCENTILES.values()]
+        chosen = keys[np.searchsorted(upto, ranks)]
         edges = (np.where(chosen < 0, ~chosen, chosen) << _DROPPED_BITS).view(np.float64)
         values = np.clip(np.where(chosen < 0, -edges, edges), self.low, self.high)
         return Distribution(
@@ -209,13 +209,18 @@ class _Bins:
         )
 
 
+def _rank(percent: int, n: int) -> int:
+    """Which of n values, from 1, is the smallest that so many percent do not exceed."""
+    return max(-(-percent * n // 100), 1)
+
+
 def _distribution(values: Sequence[int]) -> Distribution:
     """Of few values: all of it exact."""
     ordered = sorted(values)
     if not ordered:
         return Distribution(count=0)
     n = len(ordered)
-    percentiles = {name: float(ordered[max(math.ceil(share * n), 1) - 1]) for name, share in _PERCENTILES.items()}
+    percentiles = {name: float(ordered[_rank(share, n) - 1]) for name, share in _PERCENTILES.items()}
     low, high = float(ordered[0]), float(ordered[-1])
     return Distribution(count=n, min=low, max=high, mean=math.fsum(ordered) / n, **percentiles)
 
