@@ -212,7 +212,7 @@ class _Comparison:
         _, size = parse_header(bytes(copy[: tar.BLOCK]), PACKED, place)
         if tar.BLOCK + size > len(copy):
             raise ShardDamaged(place, "its annotations are longer than its span", len(copy), size)
-        return original_json(copy[tar.BLOCK : tar.BLOCK + size], key, place)
+        return original_json(copy[tar.BLOCK : tar.BLOCK + size], key, place)[1]
 
 
 def _kind(entry: tar.Entry) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from . import images, tar
-from .annotations import Packer, unpack
+from .annotations import Packer
 from .differences import Found, Tell, first_difference
 from .errors import DataError, SampleRejected, ShardDamaged, StorageError
 from .layout import JPG, PACKED, ROW, image_id_of, parse_header
@@ -185,8 +185,7 @@ class _Shard:
             _local.packer = Packer()
         try:
             image_id_of(key, where)
-            document = original_json(member, key, where)
-            columns = unpack(member, where)
+            columns, document = original_json(member, key, where)
             self.annotations += len(columns)
             self.stored_sources += columns.source_json is not None
             again = _local.packer.pack(document, key)

@@ -228,8 +228,8 @@ def _checked(destination: Destination, shard: ShardFact, name: str) -> bytes:
     return data
 
 
-def original_json(member: memoryview, key: str, where: str) -> bytes:
-    """The json that a packed member was made of.
+def original_json(member: memoryview, key: str, where: str) -> tuple[annotations.Annotations, bytes]:
+    """The columns of a packed member, and the json that it was made of.
 
     Raises:
         FormatError: not a packed member, or another image's.
@@ -237,7 +237,7 @@ def original_json(member: memoryview, key: str, where: str) -> bytes:
     columns = annotations.unpack(member, where)
     if key != f"sa_{columns.image_id}":
         raise FormatError(where, "the annotations of another image", key, f"sa_{columns.image_id}")
-    return annotations.restore(columns)
+    return columns, annotations.restore(columns)
 
 
 class _Counter:
@@ -273,7 +273,7 @@ def _samples(places: Places, pool: Pool) -> Iterator[_Restored]:
             raise ShardDamaged(where, "CRC-32 of this sample", f"{expected:08x}", f"{found:08x}")
         key, jpg, member = split_span(buffer.view, where)
         padded = buffer.view[tar.BLOCK : tar.BLOCK + len(jpg) + tar.padding(len(jpg))]
-        yield _Restored(key, padded, len(jpg), original_json(member, key, where), buffer)
+        yield _Restored(key, padded, len(jpg), original_json(member, key, where)[1], buffer)
 
 
 def _restore_one(attempt: Attempt, name: str, places: Places, counter: _Counter) -> int:
