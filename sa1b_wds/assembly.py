@@ -33,7 +33,7 @@ class Assembly:
         Raises:
             FormatError, ShardDamaged: it cannot be decoded.
         """
-        row = {name: array[slot] for name, array in self._arrays.items()}
+        row = {name: array[slot, ...] for name, array in self._arrays.items()}
         self._masks[slot] = self._view.decode(sample, row, seed, epoch, cost)
         self._keys[slot] = sample.key
 
@@ -56,6 +56,8 @@ class Assembly:
         batch: dict[str, Any] = dict(self._arrays)
         if self._view.masks_per_image is None:
             batch |= self._ragged(of.tolist())
+        if self._view.has_runs:
+            batch |= self._runs(of.tolist())
         batch |= {"key": self._keys, "is_padding": padding, "step": np.array([epoch, self.plan.number], np.int64)}
         self.done = cast(Batch, batch)
         self._arrays, self._masks = {}, {}
@@ -67,4 +69,14 @@ class Assembly:
         offsets = np.cumsum([0, *(len(part["boxes"]) for part in parts)], dtype=np.int64)
         return {name: np.concatenate([part[name] for part in parts]) for name in OF_MASKS if name in rows} | {
             "offsets": offsets
+        }
+
+    def _runs(self, of: list[int]) -> dict[str, npt.NDArray[Any]]:
+        places = np.zeros((self._view.masks_per_image or 0) + 1, np.int64)
+        none: Arrays = {"run_ends": np.empty(0, np.int32), "run_offsets": places}
+        parts = [self._masks[i] if i >= 0 else none for i in of]
+        lengths = np.concatenate([part["run_offsets"][1:] - part["run_offsets"][:-1] for part in parts])
+        return {
+            "run_ends": np.concatenate([part["run_ends"] for part in parts]),
+            "run_offsets": np.concatenate([[0], np.cumsum(lengths)]),
         }

@@ -32,6 +32,16 @@ class Batch(TypedDict, total=False):
     """(B, S, S, 3) RGB, longest side S, black at the bottom and on the right. Not with `image_size=None`."""
     masks: npt.NDArray[Any]
     """(B, M, m, m) uint8 0 or 1, or float32 covered fraction, over the padded square. Not with `mask_size=None`."""
+    run_ends: npt.NDArray[np.int32]
+    """(R,) only with `mask_mode="runs"`, which has no `masks`: where the runs of all B · M masks (of all K) end, one
+    mask after the other, in pixels of the original counted column by column; see `rle.ends`."""
+    run_offsets: npt.NDArray[np.int64]
+    """(B · M + 1,) or (K + 1,): mask i has the ends run_offsets[i] to run_offsets[i + 1], none without a mask."""
+    window: npt.NDArray[np.int32]
+    """(B, 4) only with `mask_mode="runs"`: y0, x0, h, w, the part of the original that `image` and masks show, in its
+    pixels; it may reach outside."""
+    flip: npt.NDArray[np.bool_]
+    """(B,) only with `mask_mode="runs"`: whether they show it mirrored."""
     valid: npt.NDArray[np.bool_]
     """(B, M) which places hold a mask; all others are zeros."""
     offsets: npt.NDArray[np.int64]

@@ -182,6 +182,53 @@ def boxes_all(counts: Any, offsets: Any, height: int, width: int, out: Any) -> t
 
 
 @jit
+def ends_all(counts: Any, offsets: Any, index: Any, pixels: int, out: Any, places: Any) -> tuple[int, int]:
+    """Where the runs of masks `index` end, one mask after the other; (number of masks, 0), or (which of it, code).
+
+    Args:
+        out: int32 with room for one a character of the chosen strings.
+        places: int64 [k + 1], where each mask's ends begin in `out`, and where the last one's end.
+    """
+    n = 0
+    places[0] = 0
+    for m in range(len(index)):
+        i = index[m]
+        if i < 0 or i >= len(offsets) - 1 or not inside(offsets, i, len(counts)):
+            return m, BAD_OFFSETS
+        at: int = offsets[i]
+        end: int = offsets[i + 1]
+        total = 0
+        zeros = 0
+        ones = 0
+        first = True
+        while at < end:
+            run, at = next_run(counts, at, end, zeros)
+            if at < 0:
+                return m, at
+            zeros = 0 if first else run
+            first = False
+            total += run
+            if total > pixels:
+                return m, BAD_SUM
+            out[np.uint64(n)] = total
+            n += 1
+            if at >= end:
+                break
+            ones, at = next_run(counts, at, end, ones)
+            if at < 0:
+                return m, at
+            total += ones
+            if total > pixels:
+                return m, BAD_SUM
+            out[np.uint64(n)] = total
+            n += 1
+        if total != pixels:
+            return m, BAD_SUM
+        places[m + 1] = n
+    return len(index), 0
+
+
+@jit
 def split(text: Any, out: Any) -> tuple[int, int, int]:
     """All runs of one string into `out`, which has room for one a character; (how many, code, found)."""
     end = len(text)

@@ -20,7 +20,7 @@ from .errors import SampleRejected, ShardDamaged, UsageError
 I64 = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
 
-MaskMode = Literal["nearest", "area"]
+MaskMode = Literal["nearest", "area", "runs"]
 
 OF_MASKS = ("masks", "boxes", "points", "area", "predicted_iou", "stability_score", "annotation_id")
 """The keys of a batch that have a row for each mask."""
@@ -67,7 +67,7 @@ class View:
     masks_per_image: int | None = 64
     """At most, chosen at random; None: all that pass, ragged."""
     mask_mode: MaskMode = "nearest"
-    """`nearest`: uint8 0 or 1; `area`: float32 covered fraction."""
+    """`nearest`: uint8 0 or 1; `area`: float32 covered fraction; `runs`: no masks but what draws them, see `Batch`."""
     filter: Filter = field(default_factory=Filter)
     augment: Augment = field(default_factory=Augment)
 
@@ -76,8 +76,13 @@ class View:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | np.integer) and 1 <= value <= limit):
                 raise UsageError(name, "out of range", f"1 to {limit:,}, or None", value)
-        if self.mask_mode not in ("nearest", "area"):
-            raise UsageError("mask_mode", "no such mode", "nearest or area", self.mask_mode)
+        if self.mask_mode not in ("nearest", "area", "runs"):
+            raise UsageError("mask_mode", "no such mode", "nearest, area or runs", self.mask_mode)
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether samples have runs instead of masks."""
+        return self.mask_mode == "runs" and self.mask_size is not None
 
     @classmethod
     def of(
@@ -103,7 +108,7 @@ class View:
     def of_masks(self) -> Layout:
         """(shape, dtype) of each array's row for one mask."""
         layout: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {}
-        if self.mask_size is not None:
+        if self.mask_size is not None and self.mask_mode != "runs":
             layout["masks"] = (self.mask_size, self.mask_size), np.uint8 if self.mask_mode == "nearest" else np.float32
         return layout | {
             "boxes": ((4,), np.float32),
@@ -121,6 +126,8 @@ class View:
             layout["image"] = (self.image_size, self.image_size, 3), np.uint8
         if self.masks_per_image is not None:
             layout["valid"] = (self.masks_per_image,), np.bool_
+        if self.has_runs:
+            layout |= {"window": ((4,), np.int32), "flip": ((), np.bool_)}
         return layout | {"size": ((2,), np.int32), "original_size": ((2,), np.int32)}
 
     def layout(self, batch: int) -> Layout:
@@ -135,7 +142,8 @@ class View:
         """Decode a sample into `row`, its part of every array of a batch; every byte of them is written.
 
         Returns:
-            The arrays of its masks, by themselves: parts of `row`, or new ones where masks are ragged.
+            The arrays of its masks, by themselves: parts of `row`, or new ones where masks are ragged. With runs also
+            `run_ends` and `run_offsets`, the latter as long as `row` has places for masks, and one more.
 
         Raises:
             FormatError, ShardDamaged: it cannot be decoded.
@@ -152,7 +160,9 @@ class View:
             if self.image_size is not None:
                 self._image(sample, a, frame, row["image"])
             after = perf_counter()
-            if self.mask_size is not None:
+            if self.has_runs:
+                masks |= self._runs(a, chosen)
+            elif self.mask_size is not None:
                 self._masks(a, frame, chosen, masks["masks"])
         except SampleRejected as error:
             where = f"{sample.where}: {error.where}" if error.where else sample.where
@@ -182,6 +192,8 @@ class View:
             masks[name][:] = scores[chosen]
         row["size"][:] = frame.size(pixels)
         row["original_size"][:] = a.height, a.width
+        if self.has_runs:
+            row["window"][:], row["flip"][...] = frame.window, frame.flip
         return masks
 
     def _image(self, sample: Members, a: Annotations, frame: Frame, out: npt.NDArray[np.uint8]) -> None:
@@ -195,19 +207,27 @@ class View:
         images.decode(sample.jpg, (h, w), out=out[:h, :w], window=frame.visible, flip=frame.flip)
 
     def _masks(self, a: Annotations, frame: Frame, chosen: I64, out: npt.NDArray[Any]) -> None:
-        source, target = (a.height, a.width), out.shape[1:]
-        if a.size is None:
-            rle.decode(
-                a.counts, a.offsets, source, target,
-                index=chosen, out=out, window=frame.window, flip=frame.flip, mode=self.mask_mode,
-            )  # fmt: skip
-            return
-        for i, place in zip(chosen.tolist(), out, strict=True):  # strings of other sizes: brought to the image's first
-            own = (int(a.size[i, 0]), int(a.size[i, 1]))
-            full = rle.decode(a.counts, a.offsets, own, source, index=[i])[0]
-            text = np.frombuffer(rle.encode(full), np.uint8)
-            ends = np.array([0, len(text)])
-            rle.decode(
-                text, ends, source, target,
-                out=place[None], window=frame.window, flip=frame.flip, mode=self.mask_mode,
-            )  # fmt: skip
+        counts, offsets, index = _strings(a, chosen)
+        rle.decode(
+            counts, offsets, (a.height, a.width), out.shape[1:],
+            index=index, out=out, window=frame.window, flip=frame.flip,
+            mode="area" if self.mask_mode == "area" else "nearest",
+        )  # fmt: skip
+
+    def _runs(self, a: Annotations, chosen: I64) -> Arrays:
+        counts, offsets, index = _strings(a, chosen)
+        ends, places = rle.ends(counts, offsets, a.height, a.width, index=index)
+        more = 0 if self.masks_per_image is None else self.masks_per_image - len(chosen)
+        return {"run_ends": ends, "run_offsets": np.pad(places, (0, more), mode="edge")}
+
+
+def _strings(a: Annotations, chosen: I64) -> tuple[npt.NDArray[np.uint8], I64, I64]:
+    """(counts, offsets, index) of the chosen masks in the image's size; strings of other sizes are brought to it."""
+    if a.size is None:
+        return a.counts, a.offsets, chosen
+    texts = []
+    for i in chosen.tolist():
+        own = (int(a.size[i, 0]), int(a.size[i, 1]))
+        texts.append(rle.encode(rle.decode(a.counts, a.offsets, own, (a.height, a.width), index=[i])[0]))
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    return np.frombuffer(b"".join(texts), np.uint8), offsets, np.arange(len(texts))

@@ -14,9 +14,9 @@ from .codes import BAD_CHARACTER, BAD_OFFSETS, BAD_SUM, MAX_DIGITS, REASONS
 from .errors import SampleRejected, UsageError
 from .format import PIXEL_LIMIT, SIDE_LIMIT
 from .geometry import Window
-from .raster import F32, I64, U8, Mode, raster
+from .raster import F32, I32, I64, U8, Mode, raster
 
-__all__ = ["boxes", "check", "check_size", "decode", "encode", "encode_runs", "runs"]
+__all__ = ["boxes", "check", "check_size", "decode", "encode", "encode_runs", "ends", "runs"]
 
 F64 = npt.NDArray[np.float64]
 
@@ -132,21 +132,63 @@ def decode(
         UsageError: an index, window, size, mode, dtype or `out` that cannot be.
     """
     counts, offsets = _arrays(counts, offsets)
-    n = len(offsets) - 1
-    chosen = np.arange(n) if index is None else np.ascontiguousarray(index, dtype=np.int64)
-    if chosen.ndim != 1 or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < n):
-        raise UsageError("rle", "index outside the masks", expected=f"0..{n - 1}", found=chosen.tolist())
+    chosen = _chosen(index, len(offsets) - 1)
     grid = raster(source, size, window, flip, mode)
     if out is None:
         default = np.uint8 if mode == "nearest" else np.float32
         out = np.empty((len(chosen), *grid.size), default if dtype is None else dtype)
     at, code = grid.draw(counts, offsets, chosen, out)
     if code < 0:
-        i = int(chosen[at])
-        pixels = source[0] * source[1]
-        _, code, found = codes.scan_all(counts, offsets[i : i + 2], pixels, np.empty(1, np.int64))  # it knows the rest
-        raise _rejected(counts, offsets, i, code, found, pixels)
+        raise _explained(counts, offsets, int(chosen[at]), source[0] * source[1])
     return out
+
+
+def ends(
+    counts: npt.ArrayLike,
+    offsets: npt.ArrayLike,
+    height: int,
+    width: int,
+    *,
+    index: Sequence[int] | I64 | None = None,
+) -> tuple[I32, I64]:
+    """Where the runs of masks end: what rasterising needs without the strings, on a device or elsewhere.
+
+    Pixel p, counted column by column, is in as many runs' wake as there are ends ≤ p: it is set if that number is odd.
+
+    Args:
+        counts, offsets, height, width: as for `check`.
+        index: which masks, in this order; None for all n.
+
+    Returns:
+        int32 [r], the running sums of each mask's runs, in pixels, one mask after the other; and int64 [k + 1], where
+        each mask's begin.
+
+    Raises:
+        SampleRejected: as `check`. Only the chosen strings are read.
+        UsageError: an index that cannot be.
+    """
+    check_size(height, width)
+    counts, offsets = _arrays(counts, offsets)
+    chosen = _chosen(index, len(offsets) - 1)
+    room = int(np.maximum(offsets[chosen + 1] - offsets[chosen], 0).clip(max=len(counts)).sum())
+    out, places = np.empty(room, np.int32), np.empty(len(chosen) + 1, np.int64)
+    at, code = codes.ends_all(counts, offsets, chosen, height * width, out, places)
+    if code < 0:
+        raise _explained(counts, offsets, int(chosen[at]), height * width)
+    return out[: places[-1]].copy(), places
+
+
+def _chosen(index: Sequence[int] | I64 | None, n: int) -> I64:
+    chosen = np.arange(n) if index is None else np.ascontiguousarray(index, dtype=np.int64)
+    if chosen.ndim != 1 or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < n):
+        raise UsageError("rle", "index outside the masks", expected=f"0..{n - 1}", found=chosen.tolist())
+    return chosen
+
+
+def _explained(counts: U8, offsets: I64, i: int, pixels: int) -> SampleRejected:
+    """What is wrong with string i, which a kernel has refused."""
+    _, code, found = codes.scan_all(counts, offsets[i : i + 2], pixels, np.empty(1, np.int64))
+    return _rejected(counts, offsets, i, code, found, pixels)
 
 
 def runs(counts: bytes | bytearray | memoryview) -> I64:

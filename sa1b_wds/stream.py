@@ -51,7 +51,8 @@ class Stream:
         image_size: pixels of the longest side; images are padded to a square. None: no images.
         mask_size: pixels of a mask's side, over the padded square. None: no masks, only their columns.
         masks_per_image: how many masks of an image, at random where it has more; None: all, ragged (see `Batch`).
-        mask_mode: `nearest` (uint8, 0 or 1) or `area` (float32, the exact covered fraction).
+        mask_mode: `nearest` (uint8, 0 or 1), `area` (float32, the exact covered fraction), or `runs`: a few bytes a
+            mask instead, from which a device draws them at any size (`interop.torch.rasterise`).
         min_area, max_area_fraction, min_predicted_iou, min_stability_score: what a mask must have, in pixels of the
             original image or as a fraction. A sample none of whose masks pass is delivered all the same.
         flip: chance that an image is mirrored.

@@ -52,7 +52,8 @@ class Decoder:
         row = {name: np.empty(shape, dtype) for name, (shape, dtype) in layout.items()}
         members = _Members(where, image_id, jpg, member)
         masks = self.view.decode(members, row, self.seed, self.epoch, DecodeCost())
-        return {"__key__": key, "key": key, **row, **(masks if self.view.masks_per_image is None else {})}
+        of_masks = {name: array for name, array in masks.items() if name not in row}
+        return {"__key__": key, "key": key, **row, **of_masks}
 
 
 def _bytes(sample: Mapping[str, Any], suffix: str, where: str) -> memoryview:
