@@ -48,6 +48,7 @@ from .manifest import (
     load_receipt,
     quarantine_stem,
     receipt_name,
+    side_names,
     totals,
 )
 from .plan import Plan, Source, Task, difference, load_plan, make_plan
@@ -71,6 +72,7 @@ KEY_ROW = np.dtype([("image_id", "<i8"), ("shard", "<u4"), ("index", "<u4")])
 """A sample in `index/keys.bin`, sorted by image_id: the place of its shard in the manifest, its own in the shard."""
 
 MIB = 1 << 20
+_QUARANTINE = ("members", "jsonl")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,10 +192,10 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
     """
     begun = time.monotonic()
     destination, plan, options = job.destination, job.plan, job.options
-    task, label = plan.tasks[index], f"task-{index:06d}"
+    task, label = plan.tasks[index], _label(index)
     receipt = _receipt(job, index)
     if receipt is not None:
-        destination.sweep(f"{label}-")
+        destination.sweep(label)
         return Outcome(task=index, already_done=True, receipt=receipt, seconds=0.0)
     scratch = Scratch(_scratch_folder(plan, task, options))
     pool = Pool(idle=64 * MIB)
@@ -258,6 +260,10 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
     )
 
 
+def _label(index: int) -> str:
+    return f"task-{index:06d}"
+
+
 def _publish(job: Job, index: int, attempt: Attempt, receipt: Receipt) -> Receipt | None:
     """Make the task's files visible, its receipt last; the other's receipt if another process was first."""
     destination = job.destination
@@ -265,7 +271,7 @@ def _publish(job: Job, index: int, attempt: Attempt, receipt: Receipt) -> Receip
         return theirs
     try:
         if not receipt.quarantine:  # an attempt that was killed between its renames may have left one
-            for suffix in ("members", "jsonl"):
+            for suffix in _QUARANTINE:
                 destination.remove(f"{quarantine_stem(index)}.{suffix}")
         attempt.publish(receipt_name(index), receipt.to_bytes())
     except StorageError:
@@ -397,7 +403,7 @@ def finalize(destination: Destination, *, partial: bool = False) -> Manifest:
     """Make one data set of all finished tasks: key index, side files of other readers, manifest.
 
     Raises:
-        Incomplete: tasks have no receipt, and `partial` is not set.
+        Incomplete: tasks have no receipt, and `partial` is not set; or it is, and one of them is being worked on.
         DuplicateKey: an image stands in two sources.
     """
     plan = read_plan(destination)
@@ -409,6 +415,8 @@ def finalize(destination: Destination, *, partial: bool = False) -> Manifest:
             "run `sa1b-wds convert` again"
             + ("" if partial else ", or publish the others with `sa1b-wds finalize --partial`"),
         )
+    for index in missing:
+        _remove_strays(destination, plan, index)
     done = sorted(set(range(len(plan.tasks))) - set(missing))
     receipts, files = [], [file_fact(PLAN_NAME, destination.read(PLAN_NAME))]
     for index in done:
@@ -445,6 +453,19 @@ def finalize(destination: Destination, *, partial: bool = False) -> Manifest:
     destination.put(MANIFEST_NAME, manifest.to_bytes())
     destination.clear_state()
     return manifest
+
+
+def _remove_strays(destination: Destination, plan: Plan, index: int) -> None:
+    """Remove what a task that was killed among its renames left, since readers take every shard they see for data."""
+    names = [name for shard in plan.shard_names(plan.tasks[index]) for name in (shard, *side_names(shard))]
+    names += [f"{quarantine_stem(index)}.{suffix}" for suffix in _QUARANTINE]
+    strays = [name for name in names if destination.exists(name)]
+    if not strays:
+        return
+    if destination.at_work(_label(index)) or destination.exists(receipt_name(index)):
+        raise Incomplete(destination.where, f"task {index} is being written by another process: wait for it")
+    for name in strays:
+        destination.remove(name)
 
 
 def _key_index(destination: Destination, plan: Plan, shards: list[str]) -> bytes:

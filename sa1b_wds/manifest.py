@@ -27,6 +27,12 @@ def quarantine_stem(task: int) -> str:
     return f"quarantine/task-{task:06d}"
 
 
+def side_names(shard: str) -> tuple[str, str, str]:
+    """The files that are written with a shard: Energon's index, the rows, DALI's index."""
+    stem = shard.removesuffix(".tar")
+    return f"{shard}.idx", f"index/{stem}.rows", f"index/{stem}.idx"
+
+
 class FileFact(msgspec.Struct, frozen=True, kw_only=True):
     """A file beside the shards, and what it must be."""
 

@@ -20,7 +20,7 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from . import tar
-from .manifest import FileFact, ShardFact
+from .manifest import FileFact, ShardFact, side_names
 from .sample import Held, Rejected, Sample
 
 if TYPE_CHECKING:
@@ -116,12 +116,11 @@ class ShardWriter:
         self._append(tar.END)
         self._file.finish()
         self._file.close()
-        stem = self.name.removesuffix(".tar")
-        files = [
-            (f"{self.name}.idx", np.array(self._offsets, "<i8").tobytes()),
-            (f"index/{stem}.rows", np.array(self._rows, ROW).tobytes()),
-            (f"index/{stem}.idx", f"v1.2 {self._samples}\n{''.join(self._lines)}".encode()),
-        ]
+        contents = (
+            np.array(self._offsets, "<i8").tobytes(),
+            np.array(self._rows, ROW).tobytes(),
+            f"v1.2 {self._samples}\n{''.join(self._lines)}".encode(),
+        )
         return ShardFact(
             name=self.name,
             bytes=self._bytes,
@@ -130,7 +129,7 @@ class ShardWriter:
             area_mismatches=self._mismatches,
             stored_sources=self._stored,
             sha256=self._hash.hexdigest(),
-            files=[place(self._outlet, name, data) for name, data in files],
+            files=[place(self._outlet, *file) for file in zip(side_names(self.name), contents, strict=True)],
         )
 
     def close(self) -> None:

@@ -237,7 +237,8 @@ class Destination:
             try:
                 return _insisting(put)
             finally:
-                temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # as below: what stays, the next run removes
+                    temporary.unlink(missing_ok=True)
                 self.leave()
 
     def leave(self) -> None:
@@ -270,12 +271,21 @@ class Destination:
         return Attempt(self, label)
 
     def sweep(self, label: str = "") -> None:
-        """Remove the attempts whose process is dead."""
+        """Remove the attempts, at the piece of work called `label` or at any, whose process is dead."""
         attempts = self.root / STATE / "attempts"
         with translating(self.place(STATE)):
-            for lock in _listed(attempts):
-                if lock.name.startswith(label) and lock.suffix == ".lock":
-                    _remove_if_dead(lock)
+            for path in _listed(attempts):
+                if label and not path.name.startswith(f"{label}-"):
+                    continue
+                if path.suffix == ".lock":
+                    _remove_if_dead(path)
+                elif not path.with_suffix(".lock").exists():  # it could not be removed with its lock
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def at_work(self, label: str) -> bool:
+        """Whether a live process has an attempt at the piece of work called `label`."""
+        self.sweep(label)
+        return any(p.name.startswith(f"{label}-") for p in _listed(self.root / STATE / "attempts"))
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -323,7 +333,7 @@ class Attempt:
         self.destination = destination
         self._names: list[str] = []
         self._folder = destination.root / STATE / "attempts" / f"{label}-{secrets.token_hex(8)}"
-        destination.sweep(f"{label}-")
+        destination.sweep(label)
         with translating(destination.where):
             self._lock = _insisting(lambda: _lock(self._folder.with_suffix(".lock")))
             try:
@@ -394,7 +404,8 @@ class Attempt:
 
     def _release(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.with_suffix(".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # no error here may hide the one that led here; the next run removes it
+            self._folder.with_suffix(".lock").unlink(missing_ok=True)
         os.close(self._lock)
 
 
