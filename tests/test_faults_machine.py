@@ -210,6 +210,17 @@ def test_an_error_of_any_call_leaves_nothing_of_the_task_and_running_again_repai
     assert failed > len(calls) * 0.6  # a heartbeat may fail and do no harm, and so may a folder that is there
 
 
+def test_files_that_cannot_be_removed_are_removed_by_the_next_run(sources: Path, wanted: Tree, room: Path) -> None:
+    calls = _calls(sources, room / "first", dying.REMOVING)
+    for at in range(1, len(calls) + 1):
+        dest = room / str(at)
+        with contextlib.suppress(StorageError), interrupt(at, dying.fail(errno.EBUSY), dying.REMOVING):
+            convert_folder(str(sources), str(dest))
+        convert_folder(str(sources), str(dest))
+        assert tree(dest) == wanted, (at, calls[at - 1])
+        shutil.rmtree(dest)
+
+
 def test_a_disk_that_writes_less_than_it_is_given(sources: Path, wanted: Tree, room: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     writev, write, draw = os.writev, os.write, random.Random(4)
