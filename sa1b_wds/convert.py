@@ -452,6 +452,8 @@ def finalize(destination: Destination, *, partial: bool = False) -> Manifest:
     )
     destination.put(MANIFEST_NAME, manifest.to_bytes())
     destination.clear_state()
+    if not missing:  # nobody publishes any more
+        destination.remove_empty("quarantine")
     return manifest
 
 

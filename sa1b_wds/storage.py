@@ -256,6 +256,10 @@ class Destination:
                 path.unlink(missing_ok=True)
             self.leave()
 
+    def remove_empty(self, folder: str) -> None:
+        """Remove a folder if it is there and has nothing in it."""
+        _remove_empty(self.path(folder))
+
     def clear_state(self) -> None:
         """Remove what runs keep below `.state/`, but for the attempts of live processes."""
         self.sweep()
