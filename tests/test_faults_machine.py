@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -177,6 +178,71 @@ def test_two_processes_on_one_destination_at_once(sources: Path, wanted: Tree, r
         assert child.join() is None
         assert child.code == 0
     assert tree(room / "out") == wanted
+
+
+def test_everything_is_on_the_disk_before_it_is_visible_and_the_receipt_is_last(
+    sources: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power may fail at any call: what is synced when is watched, since a test cannot pull the plug."""
+    dest = room / "out"
+    synced: set[str] = set()  # inodes, by name: of files and folders
+    waiting: set[str] = set()  # folders with a new name in them that is not on the disk
+    published: list[str] = []
+    fsync, rename, link = os.fsync, os.rename, os.link
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        synced.add(name)
+        waiting.discard(name)
+
+    def moved(old: Path, new: Path) -> None:
+        assert str(old) in synced, f"{new} is visible, its bytes not on the disk"
+        name = str(new.relative_to(dest))
+        if name.startswith("receipts/"):
+            assert not waiting, f"{name} is visible, the names in {waiting} not on the disk"
+            published.append(name)
+        elif not name.startswith(".state"):
+            waiting.add(str(new.parent))
+
+    def renaming(old: Any, new: Any) -> None:
+        moved(Path(old), Path(new))
+        rename(old, new)
+
+    def linking(old: Any, new: Any) -> None:
+        moved(Path(old), Path(new))
+        link(old, new)
+
+    for name, call in (("fsync", sync), ("rename", renaming), ("link", linking)):
+        monkeypatch.setattr(os, name, call)
+    convert_folder(str(sources), str(dest))
+    assert published == ["receipts/task-000000.json", "receipts/task-000001.json"]
+    assert not waiting
+
+
+def test_what_a_killed_attempt_on_a_damaged_source_quarantined_goes_when_the_source_is_sound(
+    tmp_path: Path, room: Path
+) -> None:
+    """Another copy of a damaged tar, of the same size: nothing of the first attempt may stay."""
+    members = making.pairs(range(4))
+    sound = making.tar(members)
+    at = making.offsets(members)["./sa_2.json"]
+    paths = running.write(tmp_path / "in", {"a.tar": sound[:at] + b"?" * 512 + sound[at + 512 :]})
+    options: dict[str, Any] = {"on_damage": "salvage", "max_quarantine": 1.0}
+    job = job_of(paths, room / "first", **options)
+    with interrupt(-1, lambda: None) as calls:
+        run_task(job, 0)
+    assert "quarantine/task-000000.members" in tree(room / "first")
+    before_link = calls.index("link")  # the receipt's is the only one
+    job = job_of(paths, room / "out", **options)
+    with pytest.raises(StorageError), interrupt(before_link, dying.fail(errno.EIO)):
+        run_task(job, 0)
+    assert "quarantine/task-000000.members" in tree(room / "out")
+    running.write(tmp_path / "in", {"a.tar": sound})
+    running.run(job_of(paths, room / "out"))
+    running.check_accounts(room / "out")
+    running.check_samples(room / "out", members)
+    assert not [n for n in tree(room / "out") if n.startswith("quarantine")]
 
 
 # -------------------------------------------------------------------------------------------------- errors of the disk
