@@ -176,6 +176,28 @@ class Dataset:
 
         return Examples(self)
 
+    def show_examples(
+        self, rows: int = 3, columns: int = 3, *, side: int = 480, path: str | os.PathLike[str] | None = None
+    ) -> Any:
+        """The first samples with their masks, as a Pillow image of `side` pixels a picture; saved too, at `path`.
+
+        Raises:
+            MissingPackage: Pillow is not installed.
+        """
+        from .figure import figure
+
+        return figure(list(self.take(rows * columns)), columns, side, path)
+
+    def as_dataframe(self) -> Any:
+        """All numbers as a pandas DataFrame, one row a mask: see `sa1b_wds.table.COLUMNS`. Reads every sample.
+
+        Raises:
+            MissingPackage: pandas is not installed.
+        """
+        from .table import dataframe
+
+        return dataframe(sample.annotations for sample in self)
+
     def fingerprint(self, drop_last: bool) -> str:
         """What the state of a stream over these samples is bound to."""
         return states.fingerprint(self._names, self.selection.digest, drop_last)

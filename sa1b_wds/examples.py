@@ -11,6 +11,7 @@ Held against the real builder by `scripts/oracle/tfds`.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
@@ -127,7 +128,7 @@ def example(jpg: "Buffer", a: Annotations, where: str) -> Example:
         raise FormatError(where, "TFDS has exactly one point a mask", 1, points)
     offsets, counts = a.offsets.tolist(), a.counts.tobytes()
     strings = np.empty(n, object)
-    strings[:] = [counts[i:j] for i, j in zip(offsets[:-1], offsets[1:], strict=True)]
+    strings[:] = [counts[i:j] for i, j in pairwise(offsets)]
     size = np.tile(np.array([a.height, a.width], np.int64), (n, 1)) if a.size is None else a.size
     annotations = {
         "area": _unsigned(a.area, where, "area"),

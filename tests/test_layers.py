@@ -25,7 +25,7 @@ LEVELS = {
     0: "errors format geometry jit permutation",
     1: "storage pipe ranged ahead buffers inflate tar codes raster rle plan order selection augment world differences",
     2: "annotations images manifest state choice keys layout sidecars batch",
-    3: "sample source shard reader schedule decode assembly stats examples",
+    3: "sample source shard reader schedule decode assembly stats examples table figure",
     4: "convert restore pipeline stream dataset facts accounts contents comparison verify report",
     5: "config status engines progress interop synth cli",
 }
@@ -51,6 +51,9 @@ SEAMS = {
     "ray": {"engines"},
     "webdataset": {"interop.webdataset"},
     "tensorflow": {"interop.tfds"},
+    "pandas": {"table"},
+    "pyarrow": {"table", "export"},
+    "PIL": {"figure"},
 }
 
 NOT_LOADED = ("torch", "numba", "webdataset", "obstore", "cv2", "simplejpeg", "ray", "tensorflow", "rich", "cyclopts")
