@@ -5,6 +5,7 @@ tensors that share its memory included), its memory serves a later batch: so a l
 the same few pages all the time, and one that collects batches gets new memory for each.
 """
 
+import contextlib
 import mmap
 import threading
 from collections.abc import Callable, Mapping
