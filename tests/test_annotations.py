@@ -214,7 +214,7 @@ def forms(token: str, draw: Any) -> str:
         lambda: f"{value:E}",
         lambda: repr(value),
         lambda: repr(float(np.nextafter(value, 1e300))),
-        lambda: repr(float(np.float32(value))),
+        lambda: repr(float(np.float32(value if abs(value) < 1e38 else 0))),
         lambda: str(draw.randrange(10 ** draw.randrange(1, 25))),
         lambda: f"{draw.randrange(10 ** draw.randrange(1, 18))}.{draw.randrange(10 ** draw.randrange(1, 18))}",
         lambda: f"0.{'0' * draw.randrange(8)}{draw.randrange(10**6)}",
