@@ -93,7 +93,10 @@ def piece_of(array: npt.NDArray[Any]) -> U8 | None:
 
 
 def _fresh(size: int) -> U8:
-    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):  # not every kernel has them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 class Memory:

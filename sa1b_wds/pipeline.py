@@ -74,7 +74,7 @@ class Pipeline:
         self._seed, self._epoch = seed, epoch
         self._before = skipped
         self.tally = Tally.of(limits.threads, limits.fetch_threads)
-        self._schedule = Schedule(order, selection, rank, numbers)
+        self._schedule = Schedule(order, selection, rank, numbers, singly=limits.prefetch + 1)
         self._pool = Pool(_IDLE)
         self._mean = shards.mean_bytes
         lane_bytes = order.leg.lanes * float(self._mean[selection.shard].mean()) if len(selection) else 1.0
@@ -220,6 +220,9 @@ class Pipeline:
                 self._take_plans()
                 return None
             due, most, shard = step
+            if due > self._limits.prefetch and not self._begun:
+                self._can_fetch.wait()  # the first batch has the machine for itself
+                continue
             most = min(most, self._most)
             if self._held + most * float(self._mean[shard]) <= self._limits.read_ahead:
                 n = most
@@ -233,6 +236,12 @@ class Pipeline:
             self._take_plans()
             return read
         return None
+
+    @property
+    def _begun(self) -> bool:
+        """Whether the first batch is complete."""
+        first = self._open.get(0)
+        return self._delivered > 0 or (first is not None and first.done is not None)
 
     def _estimate(self, read: Read) -> int:
         return int(self._mean[read.shard].sum())
@@ -317,6 +326,7 @@ class Pipeline:
                 error = sample
             with self._lock:
                 self._held -= size
+                self.tally.held = self._held
                 if error is not None:
                     assembly.errors[slot] = error
                 assembly.left -= 1

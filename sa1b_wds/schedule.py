@@ -1,8 +1,8 @@
 """What a rank reads and when: the batches of an order as slots, the samples they need as reads, in the order due.
 
 A read is a piece of one lane's block, in the order of delivery: all of the block where the budget allows, so that it is
-one ranged request per shard touched. The samples of the very first batch are read one by one, so that it waits for
-their bytes alone, after a resume in the middle of blocks too.
+one ranged request per shard touched. The samples of the first few batches are read one by one, so that the first waits
+for few bytes, and has the machine for itself, after a resume in the middle of blocks too.
 """
 
 from collections.abc import Iterable, Iterator
@@ -56,7 +56,9 @@ class Read:
 class Schedule:
     """The batches `numbers` of a rank and their reads, made as they are asked for."""
 
-    def __init__(self, order: Order, selection: Selection, rank: int, numbers: Iterable[int]) -> None:
+    def __init__(self, order: Order, selection: Selection, rank: int, numbers: Iterable[int], singly: int = 1) -> None:
+        """`singly`: how many batches' samples are read one by one."""
+        self._singly = singly
         self._order, self._selection, self._rank = order, selection, rank
         self._numbers = iter(numbers)
         self._planned: dict[int, tuple[int, int]] = {}  # of each lane: block, places of it that have been read
@@ -74,7 +76,8 @@ class Schedule:
         if self._next is None:
             return None
         due, lane, q, first, left = self._next
-        return due, left if due else 1, int(self._selection.shard[self._order.block(lane, q).shard[first]])
+        shard = self._selection.shard[self._order.block(lane, q).shard[first]]
+        return due, left if due >= self._singly else 1, int(shard)
 
     def take(self, n: int) -> Read:
         """The next read, of its first n samples; the rest comes again when it falls due."""

@@ -60,7 +60,7 @@ class Stream:
         seed, epoch: what order, choice of masks and augmentation hang on.
         rank, world_size: both or neither; by default from torch.distributed or the environment, see `world`.
         threads: that decode; by default one for each core of this process's share of the machine.
-        fetch_threads: that read; 2 suffice for local disks.
+        fetch_threads: that read; by default 2 from local disks, 8 from object stores, whose requests have to wait.
         read_ahead: bytes of samples read and not yet decoded. It never shapes the order.
         prefetch: batches made ahead of `next`.
         drop_last: leave out what does not fill a batch on every rank at the end of an epoch. Otherwise the last
@@ -93,7 +93,7 @@ class Stream:
         rank: int | None = None,
         world_size: int | None = None,
         threads: int | None = None,
-        fetch_threads: int = 2,
+        fetch_threads: int | None = None,
         read_ahead: int = 1 << 30,
         prefetch: int = 2,
         drop_last: bool = True,
@@ -101,12 +101,12 @@ class Stream:
         max_skipped: int = 100,
         log_every: float | None = None,
     ) -> None:
-        for name, value, low in (
-            ("batch_size", batch_size, 1), ("threads", 1 if threads is None else threads, 1),
-            ("fetch_threads", fetch_threads, 1), ("read_ahead", read_ahead, 0), ("prefetch", prefetch, 0),
-            ("max_skipped", max_skipped, 0),
-        ):  # fmt: skip
-            if value < low:
+        at_least: dict[str, tuple[int | None, int]] = {
+            "batch_size": (batch_size, 1), "threads": (threads, 1), "fetch_threads": (fetch_threads, 1),
+            "read_ahead": (read_ahead, 0), "prefetch": (prefetch, 0), "max_skipped": (max_skipped, 0),
+        }  # fmt: skip
+        for name, (value, low) in at_least.items():
+            if value is not None and value < low:
                 raise UsageError(name, "out of range", f"at least {low}", value)
         if on_error not in ("raise", "skip"):
             raise UsageError("on_error", "no such policy", "raise or skip", on_error)
@@ -127,7 +127,7 @@ class Stream:
         self.batch_size, self.drop_last = batch_size, drop_last
         self.limits = Limits(
             threads=threads or max(1, len(os.sched_getaffinity(0)) // self.world.local_size),
-            fetch_threads=fetch_threads,
+            fetch_threads=fetch_threads or (8 if "://" in dataset.where else 2),
             read_ahead=read_ahead,
             prefetch=prefetch,
             on_error=on_error,
