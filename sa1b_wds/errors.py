@@ -13,6 +13,11 @@
     ├── StorageError         exit 1   bytes cannot be read or written
     │   ├── NotFound
     │   ├── Denied
+    │   │   └── LinkExpired           a signed URL that is no longer valid
+    │   ├── NoCredentials             the store wants to know who asks
+    │   ├── WrongRegion               the bucket lies elsewhere
+    │   ├── Changed                   another object than the one that was begun
+    │   ├── Unreachable               no answer, or no bytes, however often it was tried
     │   └── NoSpace
     ├── UsageError           exit 2   the call, not the data, is wrong
     │   ├── ConfigError
@@ -22,10 +27,22 @@
     │   └── MissingPackage
     └── Different            exit 3   `verify` found a difference
 
-Messages are built once, here: `where: what: expected X, found Y`.
+Messages are built once, here: `where: what: expected X, found Y`. Secrets of URLs are masked here too, so that no
+message, `repr` or pickle of an error can carry one.
 """
 
+import re
 from typing import ClassVar
+
+_USER = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/?#'\"@]*@")
+_QUERY = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s?#'\"]*)([?#])[^\s'\"]+")
+
+
+def masked(text: str) -> str:
+    """A text without the secrets of the URLs in it: user and password, and the query of a signed URL."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(r"\1\2***", _USER.sub(r"\1***@", text))
 
 
 class Sa1bError(Exception):
@@ -41,6 +58,9 @@ class Sa1bError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, where: str, what: str, expected: object = None, found: object = None) -> None:
+        where, what = masked(where), masked(what)
+        expected = masked(expected) if isinstance(expected, str) else expected
+        found = masked(found) if isinstance(found, str) else found
         super().__init__(where, what, expected, found)
         self.where, self.what, self.expected, self.found = where, what, expected, found
 
@@ -103,6 +123,26 @@ class NotFound(StorageError):
 
 class Denied(StorageError):
     """No permission."""
+
+
+class LinkExpired(Denied):
+    """A signed URL that is refused: it has expired, or was cut when it was copied."""
+
+
+class NoCredentials(StorageError):
+    """No credentials were found, or the store wants some."""
+
+
+class WrongRegion(StorageError):
+    """The bucket lies in another region than the one that was asked."""
+
+
+class Changed(StorageError):
+    """An object that was replaced while it was read."""
+
+
+class Unreachable(StorageError):
+    """A server that does not answer, or whose bytes do not come, however often it was asked."""
 
 
 class NoSpace(StorageError):

@@ -1,10 +1,11 @@
-"""Bytes of a shard at a place: local files by `preadv`, commands by reading forward and discarding."""
+"""Bytes of a shard at a place: local files by `preadv`, objects by ranged requests, commands by reading forward."""
 
 import os
 from collections.abc import Sequence
 from typing import Protocol
 
 from .pipe import PREFIX, Pipe
+from .remote import RemoteFile, is_remote
 from .storage import local_path, translated, translating
 
 IOV_MAX = 1024
@@ -137,4 +138,6 @@ def open_ranged(url: str) -> Ranged:
         StorageError: it cannot be opened.
         UsageError: not a kind of URL that this release opens.
     """
-    return ForwardFile(url) if url.startswith(PREFIX) else LocalFile(url)
+    if url.startswith(PREFIX):
+        return ForwardFile(url)
+    return RemoteFile(url) if is_remote(url) else LocalFile(url)

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,10 @@ from urllib.parse import unquote, urlsplit
 
 import braceexpand
 
-from .errors import Denied, NoSpace, NotFound, StorageError, UsageError
+from .errors import Denied, NoSpace, NotFound, StorageError, UsageError, masked
+from .pipe import PREFIX, Pipe
+from .remote import RemoteRaw, is_remote, listed
+from .remote import size_of as remote_size_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -69,14 +73,31 @@ def local_path(url: str) -> Path:
     parts = urlsplit(url)
     if parts.scheme == "file":
         return Path(unquote(parts.path))
-    if "://" in url or url.startswith("pipe:"):
-        raise UsageError(url.split(":")[0] + ":", "not a kind of URL that this release opens", "a path or file://")
+    if is_remote(url) or url.startswith(PREFIX):
+        raise UsageError(url, "a path on this machine is needed here", "a path or file://", url.split(":")[0] + ":")
+    if "://" in url:
+        kinds = "a path, file://, http://, https://, s3://, gs://, az:// or pipe:COMMAND"
+        raise UsageError(masked(url), "not a kind of URL that this release opens", kinds, url.split(":")[0] + ":")
     return Path(url)
 
 
 def name_of(url: str) -> str:
-    """The last part of a path or URL: what a plan knows a source by."""
+    """The last part of a path or URL: what a plan knows a source by. Of a command, the tar that it names.
+
+    Raises:
+        UsageError: a command that names no tar.
+    """
+    if url.startswith(PREFIX):
+        names = _TAR.findall(url)
+        if not names:
+            raise UsageError(url, "the command names no .tar, and a plan knows its sources by their names")
+        return str(names[-1])
+    if is_remote(url):
+        return unquote(urlsplit(url).path).rstrip("/").rpartition("/")[2]
     return local_path(url).name
+
+
+_TAR = re.compile(r"[^\s/'\"=;|&<>]+\.tar\b")
 
 
 def expand(urls: Iterable[str]) -> list[str]:
@@ -84,6 +105,15 @@ def expand(urls: Iterable[str]) -> list[str]:
     out: list[str] = []
     for url in urls:
         for one in braceexpand.braceexpand(url):
+            if one.startswith(PREFIX) or (is_remote(one) and name_of(one).endswith(".tar")):
+                out.append(one)
+                continue
+            if is_remote(one):
+                found = listed(one)
+                if not found:
+                    raise NotFound(one, "no *.tar below this URL")
+                out += found
+                continue
             path = local_path(one)
             if path.is_dir():
                 with translating(one):
@@ -97,7 +127,15 @@ def expand(urls: Iterable[str]) -> list[str]:
 
 
 def size_of(url: str) -> int:
-    """Bytes of a source."""
+    """Bytes of a source.
+
+    Raises:
+        StorageError: it is not there, does not say how long it is (a command never does), or cannot be asked.
+    """
+    if url.startswith(PREFIX):
+        raise StorageError(url, "the length of a command's output is not known: give --assume-size")
+    if is_remote(url):
+        return remote_size_of(url)
     with translating(url):
         status = local_path(url).stat()
     return status.st_size
@@ -105,6 +143,10 @@ def size_of(url: str) -> int:
 
 def open_raw(url: str) -> Raw:
     """A source, opened for one sequential pass."""
+    if url.startswith(PREFIX):
+        return Pipe(url)
+    if is_remote(url):
+        return RemoteRaw(url)
     path = local_path(url)
     with translating(url):
         return _LocalRaw(os.open(path, os.O_RDONLY), url)
