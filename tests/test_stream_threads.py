@@ -138,9 +138,11 @@ def test_a_command_that_hangs_is_ended(ds: Dataset, tmp_path: Path) -> None:
     it = iter(s)
     next(it)
     begin = time.monotonic()
-    threading.Timer(0.3, s.close).start()
+    timer = threading.Timer(0.3, s.close)
+    timer.start()
     while next(it, None) is not None:
         pass
+    timer.join()
     assert time.monotonic() - begin < 20
 
 
