@@ -14,11 +14,12 @@ from .manifest import ShardFact, Totals
 ENERGON_VERSION = "7.4.0"
 
 
-def files(plan: str, totals: Totals, shards: list[ShardFact]) -> Iterator[tuple[str, bytes]]:
+def files(plan: str, totals: Totals, shards: list[ShardFact], *, images: bool = True) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every side file of a data set.
 
     Args:
         plan: SHA-256 of the plan, hex: Energon's uuid is made from it, so that the same data has the same.
+        images: whether the samples have a jpg.
     """
     yield "wids.json", _wids(shards)
     yield (
@@ -28,7 +29,7 @@ def files(plan: str, totals: Totals, shards: list[ShardFact]) -> Iterator[tuple[
     yield ".nv-meta/split.yaml", _split(shards)
     yield ".nv-meta/dataset.yaml", b"__module__: megatron.energon\n__class__: CrudeWebdataset\n"
     yield ".nv-meta/index.uuid", str(uuid.UUID(hex=plan[:32], version=4)).encode()
-    yield "README.md", _card(totals)
+    yield "README.md", _card(totals, images)
 
 
 def _json(value: object) -> bytes:
@@ -51,7 +52,18 @@ def _split(shards: list[ShardFact]) -> bytes:
     return f"exclude: []\nsplit_parts:\n  train:\n{train}  val: []\n  test: []\n".encode()
 
 
-def _card(totals: Totals) -> bytes:
+def _card(totals: Totals, images: bool) -> bytes:
+    jpg = "  - name: jpg\n    dtype: image\n" if images else ""
+    if images:
+        members = (
+            "Each sample is two members: `sa_<id>.jpg`, the bytes that Meta published, and `sa_<id>.safetensors`, all\n"
+            "annotations of the image as columns. `manifest.json` lists every shard with its size, counts and SHA-256."
+        )
+    else:
+        members = (
+            "Each sample is one member, `sa_<id>.safetensors`: all annotations of the image as columns, without the\n"
+            "image. `receipts/` has the size, counts and SHA-256 of every shard."
+        )
     return f"""---
 pretty_name: SA-1B as WebDataset shards
 license: other
@@ -71,9 +83,7 @@ configs:
 dataset_info:
   config_name: default
   features:
-  - name: jpg
-    dtype: image
-  - name: safetensors
+{jpg}  - name: safetensors
     dtype: binary
   - name: __key__
     dtype: string
@@ -90,8 +100,7 @@ dataset_info:
 # SA-1B as WebDataset shards
 
 {totals.samples:,} images with {totals.annotations:,} masks in {totals.shards:,} shards ({totals.bytes:,} bytes), made
-by sa1b-wds. Each sample is two members: `sa_<id>.jpg`, the bytes that Meta published, and `sa_<id>.safetensors`, all
-annotations of the image as columns. `manifest.json` lists every shard with its size, counts and SHA-256.
+by sa1b-wds. {members}
 
 SA-1B is published by Meta under a research licence, which applies to these shards as it does to the original.
 """.encode()

@@ -35,7 +35,8 @@ COLUMNS: Final = {
     "rle_width": np.int32,
 }
 """Name → dtype. Pixels, as in the source (w = xmax − xmin); `point_x`, `point_y`: the first of `points` points, of
-which SA-1B has one; `counts_bytes`: length of the RLE string; `rle_height`, `rle_width`: its size, the image's in SA-1B."""
+which SA-1B has one; `counts_bytes`: length of the RLE string; `rle_height`, `rle_width`: its size (the
+image's, in SA-1B)."""
 
 
 def columns(a: Annotations) -> Columns:

@@ -177,6 +177,7 @@ def test_the_recorded_result_has_no_difference() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_real_builder_gives_the_same() -> None:
     inside = environments.python("tfds")
     if inside is None:
