@@ -71,8 +71,9 @@ class Display:
 
 
 @contextmanager
-def display(plan: Plan, tasks: list[int], out: TextIO = sys.stderr) -> Iterator[Display]:
-    """A display on a terminal if `out` is one, else plain lines."""
+def display(plan: Plan, tasks: list[int], out: TextIO | None = None) -> Iterator[Display]:
+    """A display on a terminal if `out`, standard error unless said otherwise, is one, else plain lines."""
+    out = out or sys.stderr
     if not out.isatty():
         yield Display(plan, tasks, out, None)
         return
@@ -92,8 +93,9 @@ def display(plan: Plan, tasks: list[int], out: TextIO = sys.stderr) -> Iterator[
 
 
 @contextmanager
-def bytes_display(what: str, out: TextIO = sys.stderr) -> Iterator[Callable[[int, int], None]]:
+def bytes_display(what: str, out: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
     """A callback (bytes done, bytes in all) that moves a bar on a terminal, and says nothing elsewhere."""
+    out = out or sys.stderr
     if not out.isatty():
         yield lambda done, total: None
         return
