@@ -147,6 +147,10 @@ def file_fact(name: str, data: bytes) -> FileFact:
     return FileFact(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
+_LINES = 1 << 16
+"""Bytes of lines that wait to be written; a source may have a million members that are no good."""
+
+
 @dataclass(kw_only=True)
 class Quarantine:
     """A task's extra output: a tar of the members it could not use, and a line of JSON for each.
@@ -164,11 +168,15 @@ class Quarantine:
         self._file: Writer | None = None
         self._hash = hashlib.sha256()
         self._bytes = 0
-        self._lines: list[bytes] = []
+        self._list: Writer | None = None
+        self._list_hash = hashlib.sha256()
+        self._list_bytes = 0
+        self._lines = bytearray()
 
     def add(self, rejected: Rejected) -> None:
         if self._file is None:
             self._file = self.outlet.create(f"{self.stem}.members")
+            self._list = self.outlet.create(f"{self.stem}.jsonl")
         if not self.members:
             name = rejected.name if rejected.name.isprintable() else ascii(rejected.name)[1:-1]
             self.first_reason = f"{rejected.source}: byte {rejected.offset:,}: {name[:200]}: {rejected.reason}"
@@ -181,7 +189,9 @@ class Quarantine:
             "reason": rejected.reason,
             "stored": rejected.data is not None,
         }
-        self._lines.append(msgspec.json.encode(line) + b"\n")
+        self._lines += msgspec.json.encode(line) + b"\n"
+        if len(self._lines) >= _LINES:
+            self._write_lines()
         if rejected.data is not None:
             # The place, not the name, tells two members apart: names may be hostile, long, or the same.
             suffix = rejected.name.rpartition(".")[2]
@@ -198,16 +208,28 @@ class Quarantine:
             self._bytes += len(piece)
         self._file.write(pieces)
 
+    def _write_lines(self) -> None:
+        assert self._list is not None
+        self._list_hash.update(self._lines)
+        self._list_bytes += len(self._lines)
+        self._list.write([self._lines])
+        self._lines = bytearray()
+
     def finish(self) -> list[FileFact]:
         """The facts of its files; none where nothing was rejected."""
-        if self._file is None:
+        if self._file is None or self._list is None:
             return []
         self._append(tar.END)
-        self._file.finish()
-        self._file.close()
-        archive = FileFact(name=f"{self.stem}.members", bytes=self._bytes, sha256=self._hash.hexdigest())
-        return [archive, place(self.outlet, f"{self.stem}.jsonl", b"".join(self._lines))]
+        self._write_lines()
+        for file in (self._file, self._list):
+            file.finish()
+            file.close()
+        return [
+            FileFact(name=f"{self.stem}.members", bytes=self._bytes, sha256=self._hash.hexdigest()),
+            FileFact(name=f"{self.stem}.jsonl", bytes=self._list_bytes, sha256=self._list_hash.hexdigest()),
+        ]
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        for file in (self._file, self._list):
+            if file is not None:
+                file.close()
