@@ -81,7 +81,8 @@ class _Worker:
 
     def start(self, task: int) -> None:
         self.task = task
-        self.pipe.send(task)
+        with contextlib.suppress(OSError):  # it died idle: its pipe will say so, in the place where that is looked for
+            self.pipe.send(task)
 
 
 class _Pool:
