@@ -57,7 +57,8 @@ def run_reported(job: Job, index: int, report: Callable[[Progress], None] = lamb
             bytes_read=latest.bytes_read,
             bytes_total=latest.bytes_total,
             samples=latest.samples,
-            error=error,
+            # A path that is not UTF-8 stands in it with surrogates, which JSON cannot hold.
+            error=error and error.encode("utf-8", "backslashreplace").decode(),
         )
         with contextlib.suppress(StorageError):
             job.destination.put(_name(index), msgspec.json.encode(about) + b"\n")
