@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -104,7 +105,7 @@ def expand(urls: Iterable[str]) -> list[str]:
     """Braces (`{000000..000999}`) expanded, and a folder replaced by the tars in it, sorted."""
     out: list[str] = []
     for url in urls:
-        for one in braceexpand.braceexpand(url):
+        for one in _braces(url):
             if one.startswith(PREFIX) or (is_remote(one) and name_of(one).endswith(".tar")):
                 out.append(one)
                 continue
@@ -115,7 +116,9 @@ def expand(urls: Iterable[str]) -> list[str]:
                 out += found
                 continue
             path = local_path(one)
-            if path.is_dir():
+            with translating(one):
+                folder = path.is_dir()
+            if folder:
                 with translating(one):
                     found = sorted(str(p) for p in path.iterdir() if p.suffix == ".tar")
                 if not found:
@@ -124,6 +127,18 @@ def expand(urls: Iterable[str]) -> list[str]:
             else:
                 out.append(one)
     return out
+
+
+def _braces(url: str) -> list[str]:
+    """What braces mean; none in a path that is there as it stands, whatever characters its name has."""
+    if not url.startswith(PREFIX) and not is_remote(url):
+        with contextlib.suppress(OSError):  # as pattern it may be longer than a name can be
+            if local_path(url).exists():
+                return [url]
+    try:
+        return list(braceexpand.braceexpand(url))
+    except ValueError:
+        raise UsageError(url, "its braces do not match; without them it is the name of nothing that is there") from None
 
 
 def size_of(url: str) -> int:
@@ -138,6 +153,8 @@ def size_of(url: str) -> int:
         return remote_size_of(url)
     with translating(url):
         status = local_path(url).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise StorageError(url, "not a regular file, so its length is not known: give --assume-size")
     return status.st_size
 
 
@@ -230,7 +247,15 @@ class Destination:
         return f"{self.where.rstrip('/')}/{name}"
 
     def exists(self, name: str) -> bool:
-        return self.path(name).exists()
+        with translating(self.place(name)):
+            return self.path(name).exists()
+
+    def holds(self, url: str) -> bool:
+        """Whether a source lies in this folder."""
+        if url.startswith(PREFIX) or is_remote(url):
+            return False
+        with translating(url):
+            return local_path(url).resolve().is_relative_to(self.root.resolve())
 
     def size(self, name: str) -> int:
         with translating(self.place(name)):
