@@ -21,6 +21,8 @@ FORMAT = "sa1b-wds-plan/1"
 PACKER = 1
 """Revision of everything that shapes the bytes of a shard beside the format; another one makes another plan."""
 SHARD_NAME = "sa1b-train-{:06d}.tar"
+_SHARDS = 1_000_000
+"""With more, their names would no longer sort by number."""
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +111,10 @@ def make_plan(sources: Sequence[Source], *, shard_size: int, mix: int, seed: int
     groups = [shuffled[i : i + mix] for i in range(0, len(shuffled), mix)]
     loads = np.array([sum(ordered[i].size for i in group) for group in groups], np.float64)
     counts = _shard_counts(loads, shard_size)
+    if (total := int(counts.sum())) > _SHARDS:
+        raise UsageError(
+            "plan: --shard-size", "too small: a shard's number has six digits", f"{_SHARDS:,} shards", total
+        )
     firsts = np.concatenate([[0], np.cumsum(counts)[:-1]]).tolist()
     tasks = [
         Task(sources=group, first_shard=first, shards=k)
