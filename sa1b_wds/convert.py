@@ -43,6 +43,7 @@ from .manifest import (
     RECEIPT_FORMAT,
     Manifest,
     Receipt,
+    ShardFact,
     SkippedFact,
     SourceFact,
     load_receipt,
@@ -124,13 +125,20 @@ class Outcome:
     """Bytes, the most that this process ever had resident."""
 
 
+def locate(urls: list[str]) -> dict[str, str]:
+    """name → URL of the sources that `urls` mean, braces and folders expanded."""
+    found: dict[str, str] = {}
+    for url in expand(urls):
+        name = name_of(url)
+        if found.setdefault(name, url) != url:
+            raise UsageError(url, f"a second source named {name}, beside {found[name]}: names tell sources apart")
+    return found
+
+
 def survey(urls: list[str], assume_size: int | None = None) -> dict[str, tuple[str, int]]:
     """name → (URL, bytes) of the sources that `urls` mean, braces and folders expanded."""
     found: dict[str, tuple[str, int]] = {}
-    for url in expand(urls):
-        name = name_of(url)
-        if name in found and found[name][0] != url:
-            raise UsageError(url, f"a second source named {name}: names tell sources apart")
+    for name, url in locate(urls).items():
         try:
             size = size_of(url)
         except NotFound:
@@ -138,7 +146,7 @@ def survey(urls: list[str], assume_size: int | None = None) -> dict[str, tuple[s
         except StorageError:
             if assume_size is None:
                 raise
-            size = assume_size
+            size = int(assume_size)  # a plan can be written of plain numbers only
         found[name] = (url, size)
     return found
 
@@ -198,6 +206,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
         destination.sweep(label)
         return Outcome(task=index, already_done=True, receipt=receipt, seconds=0.0)
     scratch = Scratch(_scratch_folder(plan, task, options))
+    _allow_files(label, task.shards)
     pool = Pool(idle=64 * MIB)
     table = Table(pool, options.pairing_buffer, scratch)
     with contextlib.ExitStack() as stack:
@@ -396,6 +405,23 @@ def _scratch_folder(plan: Plan, task: Task, options: Options) -> Path:
     return folder
 
 
+def _allow_files(label: str, shards: int) -> None:
+    """All shards of a task are open at once: ask for as many files as that takes, or say what to do."""
+    need = shards + 128  # its sources, its quarantine, its pipes
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or need <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and need > hard:
+        raise UsageError(
+            label,
+            f"its {shards:,} shards are open at once, and this process may not open so many files: raise the limit "
+            "(ulimit -Hn), or plan with a larger --shard-size or a smaller --mix",
+            f"{need:,} files",
+            f"{hard:,}",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+
+
 # ---------------------------------------------------------------------------------------------------------- finalize
 
 
@@ -435,7 +461,7 @@ def finalize(destination: Destination, *, partial: bool = False) -> Manifest:
         for number, fact in zip(plan.tasks[index].sources, receipt.sources, strict=True):
             sources[number] = fact
     sums = totals([s for s in sources if s is not None], shards)
-    made = [(KEYS_NAME, _key_index(destination, plan, [s.name for s in shards]))]
+    made = [(KEYS_NAME, _key_index(destination, plan, shards))]
     made += sidecars.files(plan.digest, sums, shards)
     for name, data in made:
         destination.put(name, data)
@@ -470,12 +496,22 @@ def _remove_strays(destination: Destination, plan: Plan, index: int) -> None:
         destination.remove(name)
 
 
-def _key_index(destination: Destination, plan: Plan, shards: list[str]) -> bytes:
+def _rows(destination: Destination, shard: ShardFact) -> "np.ndarray[tuple[int], np.dtype[np.void]]":
+    """A shard's rows, if they are what its task wrote: what is made of them here would vouch for others."""
+    name = side_names(shard.name)[1]
+    data = destination.read(name)
+    if file_fact(name, data) not in shard.files:
+        raise StorageError(
+            destination.place(name), "has changed since its receipt: remove the receipt of its task and convert again"
+        )
+    return np.frombuffer(data, ROW)
+
+
+def _key_index(destination: Destination, plan: Plan, shards: list[ShardFact]) -> bytes:
     """`index/keys.bin`; refuses an image that stands in two sources."""
     rows, keys = [], []
-    for number, name in enumerate(shards):
-        stem = name.removesuffix(".tar")
-        found = np.frombuffer(destination.read(f"index/{stem}.rows"), ROW)
+    for number, shard in enumerate(shards):
+        found = _rows(destination, shard)
         key = np.empty(len(found), KEY_ROW)
         key["image_id"], key["shard"], key["index"] = found["image_id"], number, np.arange(len(found))
         rows.append(found["source"])
@@ -488,7 +524,7 @@ def _key_index(destination: Destination, plan: Plan, shards: list[str]) -> bytes
         i = int(same[0])
         names = [plan.sources[int(source[j])].name for j in (i, i + 1)]
         places = [
-            f"{names[j - i]} (now {shards[int(joined['shard'][j])]}, sample {int(joined['index'][j]):,})"
+            f"{names[j - i]} (now {shards[int(joined['shard'][j])].name}, sample {int(joined['index'][j]):,})"
             for j in (i, i + 1)
         ]
         raise DuplicateKey(
