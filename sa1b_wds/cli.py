@@ -47,7 +47,7 @@ ConvertSources = Annotated[list[str] | None, Parameter(help="Source tars, folder
 
 
 def _required(value: T | None, option: str) -> T:
-    if value is None or value == []:
+    if value is None or value in ([], "") or (isinstance(value, list) and "" in value):  # "" as of "$UNSET"
         raise UsageError(option, "is missing: give it on the command line or in the config file")
     return value
 
@@ -150,8 +150,19 @@ def _plan(o: "options.Plan | options.Convert") -> "tuple[Plan, dict[str, str]]":
 
     _required(o.out, "--out")
     found = survey(_required(o.sources, "SOURCES"), o.assume_size)
+    _outside(o.out, [url for url, _ in found.values()])
     made = plan_sources(found, shard_size=int(o.shard_size), mix=o.mix, seed=o.seed)
     return made, {name: url for name, (url, _) in found.items()}
+
+
+def _outside(out: str | None, urls: list[str]) -> None:
+    """Below a data set every tar is a shard, to all readers."""
+    from .storage import Destination
+
+    destination = Destination(_required(out, "--out"))
+    for url in urls:
+        if destination.holds(url):
+            raise UsageError(url, f"a source in {destination.where}, where readers would take it for a shard")
 
 
 def _say_plan(made: "Plan") -> None:
@@ -219,8 +230,8 @@ def convert(
         Share of a task's members that may be unusable (0.001).
     """
     from . import engines
-    from .convert import Job, Options, finalize, missing_tasks, read_plan, write_plan
-    from .storage import Destination, expand, name_of
+    from .convert import Job, Options, finalize, locate, missing_tasks, read_plan, write_plan
+    from .storage import Destination
 
     planning = {"shard_size": shard_size, "mix": mix, "seed": seed}
     o = options.load(
@@ -243,11 +254,12 @@ def convert(
         write_plan(destination, made)
     else:
         made = read_plan(destination)
-        _same_options(
-            destination.place("plan.json"), made, o, [name for name in planning if planning[name] is not None]
-        )
+        file = options.section(config, "convert") if config is not None else {}
+        said = [name for name, value in planning.items() if value is not None or name in file]
+        _same_options(destination.place("plan.json"), made, o, said)
         # The other tasks' sources need not be within reach of this machine.
-        locations = {name_of(url): url for url in expand(_required(o.sources, "SOURCES"))}
+        locations = locate(_required(o.sources, "SOURCES"))
+        _outside(o.out, list(locations.values()))
     how = Options(
         on_damage=o.on_damage, pairing_buffer=int(o.pairing_buffer), scratch=o.scratch, max_quarantine=o.max_quarantine
     )
@@ -272,7 +284,7 @@ def convert(
 
 
 def _same_options(where: str, made: "Plan", o: options.Convert, said: list[str]) -> None:
-    """A task takes its options from the plan; those said again on its command line must be the same."""
+    """A task takes its options from the plan; those said again, there or in its config, must be the same."""
     for name in said:
         here, there = getattr(o, name), getattr(made, name)
         if here != there:
@@ -297,9 +309,11 @@ def _run(job: "Job", tasks: list[int], workers: int) -> None:
         from .convert import ranges
 
         numbers = ranges(sorted(f.task for f in failures))
-        raise DataError(job.destination.where, f"{len(failures):,} of {len(tasks):,} tasks failed: {numbers}")
+        kind = UsageError if all(f.error.exit_code == UsageError.exit_code for f in failures) else DataError
+        raise kind(job.destination.where, f"{len(failures):,} of {len(tasks):,} tasks failed: {numbers}")
 
 
+JOBS_VARIABLE = "SA1B_WDS_JOBS"
 INDEX_VARIABLES = ("SLURM_ARRAY_TASK_ID", "AWS_BATCH_JOB_ARRAY_INDEX", "JOB_COMPLETION_INDEX", "CLOUD_RUN_TASK_INDEX")
 _COUNT_VARIABLES = {"SLURM_ARRAY_TASK_ID": "SLURM_ARRAY_TASK_COUNT", "CLOUD_RUN_TASK_INDEX": "CLOUD_RUN_TASK_COUNT"}
 
@@ -310,23 +324,46 @@ def tasks_of(task: str, tasks: int, environment: Mapping[str, str]) -> list[int]
     With fewer jobs n than tasks, job i does i, i + n, … where the batch system says how many jobs there are.
     """
     if task != "auto":
-        if not task.isascii() or not task.isdigit() or int(task) >= tasks:
+        number = _number(task)
+        if number is None or number >= tasks:
             raise UsageError("--task", "not a task of the plan", f"auto, or 0 to {tasks - 1:,}", task)
-        return [int(task)]
+        return [number]
     found = [name for name in INDEX_VARIABLES if environment.get(name, "") != ""]
     if len(found) != 1:
         what = "none of them is set" if not found else " and ".join(found) + " are set"
         raise UsageError("--task auto", f"takes the index from one of {', '.join(INDEX_VARIABLES)}, but {what}")
     name = found[0]
-    if not environment[name].isdigit():
+    index = _number(environment[name])
+    if index is None:
         raise UsageError(name, "not an index", "0, 1, 2, …", environment[name])
-    index = int(environment[name])
-    jobs = environment.get("SA1B_WDS_JOBS") or environment.get(_COUNT_VARIABLES.get(name, ""), "")
-    if not jobs.isdigit() or int(jobs) >= tasks or int(jobs) < 1:
+    jobs = _jobs(name, environment)
+    if jobs is None or jobs >= tasks:
         if index >= tasks:
             raise UsageError(name, "beyond the plan's tasks", f"0 to {tasks - 1:,}", index)
         return [index]
-    return list(range(index, tasks, int(jobs)))
+    if index >= jobs:
+        raise UsageError(name, "beyond the number of jobs: indices begin with 0", f"0 to {jobs - 1:,}", index)
+    return list(range(index, tasks, jobs))
+
+
+def _jobs(name: str, environment: Mapping[str, str]) -> int | None:
+    """How many jobs share the tasks; None: each does the one of its index."""
+    if said := environment.get(JOBS_VARIABLE, ""):
+        jobs = _number(said)
+        if not jobs:
+            raise UsageError(JOBS_VARIABLE, "not a number of jobs", "1, 2, 3, …", said)
+        return jobs
+    jobs = _number(environment.get(_COUNT_VARIABLES.get(name, ""), ""))
+    if jobs and name == "SLURM_ARRAY_TASK_ID":
+        # Only 0 … n−1 share everything. Other arrays, as `status` prints them, name the tasks to be done.
+        first, last = (environment.get(f"SLURM_ARRAY_TASK_{end}", "") for end in ("MIN", "MAX"))
+        if (first, last) not in (("", ""), ("0", str(jobs - 1))):
+            return None
+    return jobs or None
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
 @app.command
@@ -510,8 +547,13 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except KeyboardInterrupt:
-        print("sa1b-wds: stopped; run the same command again to go on", file=sys.stderr)  # noqa: T201
+        words = sys.argv[1:] if arguments is None else arguments
+        # What is restored is never overwritten: the same command would refuse the first tar that is there.
+        again = "the tars that are whole stay" if words[:1] == ["restore"] else "run the same command again to go on"
+        print(f"sa1b-wds: stopped; {again}", file=sys.stderr)  # noqa: T201
         return 130
+    except SystemExit as end:  # one task failed, and has said why
+        return int(end.code or 0)
     return 0
 
 

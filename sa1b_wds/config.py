@@ -299,7 +299,7 @@ def _special(kind: type, value: object) -> object:
         size = parse_size(value)
         if size > 0:
             return Size(size)
-    if kind is Path and isinstance(value, str | Path):
+    if kind is Path and isinstance(value, str | Path) and value != "":  # "" would be the folder one is in
         return Path(value)
     raise ValueError("of another type")
 
