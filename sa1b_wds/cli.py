@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 HELP = """Turn SA-1B's tars into training-ready WebDataset shards, and check, inspect and undo the result.
 
 Every option may stand in a TOML file given with --config; the command line wins. Sizes are written 512MiB, 1GiB or
-in plain bytes. Sources are paths, folders of tars, or paths with braces: 'sa_0000{00..49}.tar'.
+in plain bytes. Sources are paths or URLs (s3://, gs://, az://, http(s)://) of tars, folders of tars, names with braces
+('sa_0000{00..49}.tar'), pipe:COMMAND that writes a tar to its standard output, or a links file (--links).
 """
 
 app = App(
@@ -43,6 +44,8 @@ T = TypeVar("T")
 Config = Annotated[Path | None, Parameter(help="A TOML file with options; see configs/local.toml.")]
 Out = Annotated[str | None, Parameter(help="The folder of the data set.")]
 Size = Annotated[str | None, Parameter()]
+Links = Annotated[Path | None, Parameter()]
+Only = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
 ConvertSources = Annotated[list[str] | None, Parameter(help="Source tars, folders of them, or paths with braces.")]
 
 
@@ -102,6 +105,8 @@ def plan(
     sources: ConvertSources = None,
     /,
     *,
+    links: Links = None,
+    only: Only = None,
     out: Out = None,
     shard_size: Size = None,
     mix: int | None = None,
@@ -117,7 +122,11 @@ def plan(
     Parameters
     ----------
     sources
-        Source tars, folders of them, or paths with braces.
+        Source tars, folders of them, or names with braces: paths, s3://, gs://, az://, http(s)://, pipe:COMMAND.
+    links
+        A links file (segment_anything_links.txt), whose tars are sources too.
+    only
+        Tars to take of the links file: names, braces allowed ('sa_0000{00..99}.tar').
     shard_size
         Bytes a shard should have (1GiB); moved by up to a tenth so that all shards of the run are as equal as possible.
     mix
@@ -129,7 +138,8 @@ def plan(
     dry_run
         Print the plan and write nothing.
     """
-    given = {"shard_size": shard_size, "mix": mix, "seed": seed, "assume_size": assume_size}
+    given: dict[str, object] = {"shard_size": shard_size, "mix": mix, "seed": seed, "assume_size": assume_size}
+    given |= {"links": links, "only": only}
     o = options.load(config, options.Plan, sources=sources, out=out, dry_run=dry_run, **given)
     from .convert import write_plan
     from .storage import Destination
@@ -149,7 +159,8 @@ def _plan(o: "options.Plan | options.Convert") -> "tuple[Plan, dict[str, str]]":
     from .convert import plan_sources, survey
 
     _required(o.out, "--out")
-    found = survey(_required(o.sources, "SOURCES"), o.assume_size)
+    links = _links(o)
+    found = survey(o.sources if links else _required(o.sources, "SOURCES"), o.assume_size, links)
     _outside(o.out, [url for url, _ in found.values()])
     made = plan_sources(found, shard_size=int(o.shard_size), mix=o.mix, seed=o.seed)
     return made, {name: url for name, (url, _) in found.items()}
@@ -163,6 +174,20 @@ def _outside(out: str | None, urls: list[str]) -> None:
     for url in urls:
         if destination.holds(url):
             raise UsageError(url, f"a source in {destination.where}, where readers would take it for a shard")
+
+
+def _links(o: "options.Plan | options.Convert") -> dict[str, str]:
+    """name → URL, from the links file; says what of it is left out."""
+    if o.links is None:
+        if o.only:
+            raise UsageError("--only", "says which tars of a links file to take: give --links too")
+        return {}
+    from .links import read_links
+
+    found = read_links(o.links, o.only)
+    if found.left_out:
+        _say(f"{o.links}: {len(found.left_out):,} rows are no tars and left out: {', '.join(found.left_out)}")
+    return found.locations
 
 
 def _say_plan(made: "Plan") -> None:
@@ -182,6 +207,8 @@ def convert(
     sources: ConvertSources = None,
     /,
     *,
+    links: Links = None,
+    only: Only = None,
     out: Out = None,
     task: Annotated[
         str | None,
@@ -207,7 +234,11 @@ def convert(
     Parameters
     ----------
     sources
-        Source tars, folders of them, or paths with braces.
+        Source tars, folders of them, or names with braces: paths, s3://, gs://, az://, http(s)://, pipe:COMMAND.
+    links
+        A links file (segment_anything_links.txt), whose tars are sources too.
+    only
+        Tars to take of the links file: names, braces allowed ('sa_0000{00..99}.tar').
     workers
         Processes, each with threads of its own (half the cores).
     engine
@@ -238,6 +269,8 @@ def convert(
         config,
         options.Convert,
         sources=sources,
+        links=links,
+        only=only,
         out=out,
         assume_size=assume_size,
         workers=workers,
@@ -258,7 +291,8 @@ def convert(
         said = [name for name, value in planning.items() if value is not None or name in file]
         _same_options(destination.place("plan.json"), made, o, said)
         # The other tasks' sources need not be within reach of this machine.
-        locations = locate(_required(o.sources, "SOURCES"))
+        links_ = _links(o)
+        locations = locate(o.sources if links_ else _required(o.sources, "SOURCES"), links_)
         _outside(o.out, list(locations.values()))
     how = Options(
         on_damage=o.on_damage, pairing_buffer=int(o.pairing_buffer), scratch=o.scratch, max_quarantine=o.max_quarantine

@@ -66,7 +66,11 @@ class Section(Struct, frozen=True, kw_only=True):
 
 class _Planning(Section, frozen=True, kw_only=True):
     sources: list[str] = []
-    """Source tars, folders of them, or names with braces."""
+    """Source tars, folders of them, or names with braces; paths, URLs or `pipe:` commands."""
+    links: Path | None = None
+    """A links file, whose tars are sources too."""
+    only: list[str] = []
+    """Names of the tars to take of the links file, braces allowed; empty: all."""
     out: str | None = None
     """The data set: a folder."""
     shard_size: Size = Size(1 << 30)

@@ -13,7 +13,8 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from .errors import (
     DuplicateKey,
     FormatError,
     Incomplete,
+    LinkExpired,
     NoSpace,
     NotFound,
     PlanMismatch,
@@ -74,6 +76,7 @@ KEY_ROW = np.dtype([("image_id", "<i8"), ("shard", "<u4"), ("index", "<u4")])
 
 MIB = 1 << 20
 _QUARANTINE = ("members", "jsonl")
+_ASKERS = 16  # servers asked for sizes at once: a thousand in a row would take minutes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,9 +128,9 @@ class Outcome:
     """Bytes, the most that this process ever had resident."""
 
 
-def locate(urls: list[str]) -> dict[str, str]:
-    """name → URL of the sources that `urls` mean, braces and folders expanded."""
-    found: dict[str, str] = {}
+def locate(urls: list[str], links: Mapping[str, str] | None = None) -> dict[str, str]:
+    """name → URL of the sources that `urls` mean, braces and folders expanded, and of those of a links file."""
+    found = dict(links or {})
     for url in expand(urls):
         name = name_of(url)
         if found.setdefault(name, url) != url:
@@ -135,20 +138,26 @@ def locate(urls: list[str]) -> dict[str, str]:
     return found
 
 
-def survey(urls: list[str], assume_size: int | None = None) -> dict[str, tuple[str, int]]:
-    """name → (URL, bytes) of the sources that `urls` mean, braces and folders expanded."""
-    found: dict[str, tuple[str, int]] = {}
-    for name, url in locate(urls).items():
+def survey(
+    urls: list[str], assume_size: int | None = None, links: Mapping[str, str] | None = None
+) -> dict[str, tuple[str, int]]:
+    """name → (URL, bytes) of the sources that `urls` mean, braces and folders expanded, and of a links file's."""
+
+    def size(url: str) -> int:
         try:
-            size = size_of(url)
-        except NotFound:
+            return size_of(url)
+        except (NotFound, LinkExpired):
             raise
         except StorageError:
             if assume_size is None:
                 raise
-            size = int(assume_size)  # a plan can be written of plain numbers only
-        found[name] = (url, size)
-    return found
+            return int(assume_size)  # a plan can be written of plain numbers only
+
+    found = locate(urls, links)
+    if not any("://" in url for url in found.values()):
+        return {name: (url, size(url)) for name, url in found.items()}
+    with ThreadPoolExecutor(_ASKERS, "sa1b-wds-sizes") as askers:
+        return {name: (found[name], n) for name, n in zip(found, askers.map(size, found.values()), strict=True)}
 
 
 def write_plan(destination: Destination, plan: Plan) -> bool:
