@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
+import simplejpeg
 import webdataset
 import zlib_ng.zlib_ng
 from hypothesis import HealthCheck, given, settings
@@ -24,13 +25,15 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from sa1b_wds import tar
-from sa1b_wds.convert import finalize, missing_tasks, ranges, run_task, write_plan
+from sa1b_wds.buffers import Pool
+from sa1b_wds.convert import finalize, missing_tasks, ranges, run_task, survey, write_plan
 from sa1b_wds.errors import FormatError, Incomplete, NotFound, UsageError
 from sa1b_wds.plan import Plan, Source, load_plan, make_plan
 from sa1b_wds.shard import deal
-from sa1b_wds.storage import Destination
+from sa1b_wds.storage import Destination, Scratch
 
 from . import making, running
+from .conftest import SHARED
 from .making import Member
 from .running import ALL, convert, job_of, quarantined, tree, undisturbed
 
@@ -172,6 +175,36 @@ def test_pairs_are_found_however_little_memory_there_is(tmp_path: Path, budget: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
+@pytest.mark.parametrize("budget", [0, 50_000, 1 << 30])
+def test_every_buffer_and_slot_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+    """Of samples, quarantined ones, duplicates and orphans: or a long task would run out of budget, then of disk."""
+    pools: list[Pool] = []
+    scratches: list[Scratch] = []
+
+    class WatchedPool(Pool):
+        def __init__(self, idle: int) -> None:
+            super().__init__(idle)
+            pools.append(self)
+
+    class WatchedScratch(Scratch):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            scratches.append(self)
+
+    monkeypatch.setattr("sa1b_wds.convert.Pool", WatchedPool)
+    monkeypatch.setattr("sa1b_wds.convert.Scratch", WatchedScratch)
+    members = _apart(30)
+    bad = [Member("sa_500.jpg", b"?"), Member("sa_500.json", b"{"), Member("../sa_501.jpg", b"x"), *members[4:7]]
+    bad += [Member("sa_502.jpg", making.jpg()), Member("sa_503.json", making.pair(503)[1].data)]
+    paths = running.write(tmp_path / "in", {"a.tar": making.gzipped(making.tar([*members, *bad]))})
+    convert(paths, tmp_path / "out", shards=3, pairing_buffer=budget, max_quarantine=ALL)
+    (pool,), (scratch,) = pools, scratches
+    assert pool.outstanding == 0
+    assert sum(len(slots) for slots in scratch._free.values()) == len({p for s in scratch._free.values() for p in s})
+    assert sum(grains * len(slots) for grains, slots in scratch._free.items()) << 16 == scratch._end
+    assert (scratch._end == 0) == (budget == 1 << 30)
+
+
 def test_the_greatest_distance_of_a_pair_is_reported(tmp_path: Path) -> None:
     paths = running.write(tmp_path / "in", {"a.tar": making.tar(_apart(10)), "b.tar": making.tar(making.pairs([50]))})
     manifest = convert(paths, tmp_path / "out")
@@ -188,6 +221,58 @@ def test_samples_stand_where_their_second_member_stood_and_sources_take_turns(tm
     turns = [key for both in itertools.zip_longest(*streams) for key in both if key]
     assert list(running.samples(tmp_path / "out")) == turns
     assert manifest.totals.samples == 6
+
+
+# ---------------------------------------------------------------------------------------------- which sources there are
+
+
+def test_sources_are_files_folders_and_braces(tmp_path: Path) -> None:
+    data = making.tar(making.pairs([1]))
+    paths = running.write(tmp_path / "in", {f"sa_00000{i}.tar": data for i in range(4)})
+    (tmp_path / "in" / "notes.txt").write_text("no source")
+    wanted = {p.name: (str(p), len(data)) for p in paths}
+    assert survey([str(tmp_path / "in")]) == wanted
+    assert survey([f"{tmp_path}/in/sa_{{000000..000003}}.tar"]) == wanted
+    assert survey([str(p) for p in paths] + [str(paths[0])]) == wanted  # the same twice is one
+    assert survey([paths[0].as_uri()]) == {paths[0].name: (paths[0].as_uri(), len(data))}
+
+
+def test_sources_that_cannot_be(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        running.write(tmp_path / folder, {"sa_000000.tar": b"x"})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"b/sa_000000\.tar: a second source named sa_000000\.tar.*names tell"):
+        survey([str(tmp_path / "a"), str(tmp_path / "b")])
+    with pytest.raises(NotFound, match=r"empty: no \*\.tar in this folder"):
+        survey([str(tmp_path / "empty")])
+    with pytest.raises(NotFound, match=r"none\.tar: no such file"):
+        survey([str(tmp_path / "none.tar")])
+
+
+def test_real_photographs_and_documents(tmp_path: Path) -> None:
+    """Built on the fly: real documents with a jpg of their size, real jpgs with a document of theirs."""
+    if not SHARED.is_dir():
+        pytest.skip("the real photographs and documents are not part of the project")
+    members: dict[str, list[Member]] = {}
+    for path in sorted((SHARED / "real_json").glob("*.json")):
+        image = json.loads(path.read_bytes())["image"]
+        picture = simplejpeg.encode_jpeg(np.zeros((image["height"], image["width"], 3), np.uint8))
+        members[path.stem] = [Member(f"./{path.stem}.jpg", picture), Member(f"./{path.name}", path.read_bytes())]
+    for path in sorted((SHARED / "real_jpg").glob("*.jpg")):
+        height, width, *_ = simplejpeg.decode_jpeg_header(path.read_bytes())
+        document = making.text(making.document(int(path.stem[3:]), height=height, width=width, annotations=5))
+        theirs = members.setdefault(path.stem, [Member("", b""), Member(f"./{path.stem}.json", document)])
+        size = json.loads(theirs[1].data)["image"]
+        if (size["height"], size["width"]) == (height, width):
+            theirs[0] = Member(f"./{path.name}", path.read_bytes())
+    assert len(members) > 10
+    order = [m for pair in members.values() for m in pair]
+    random.Random(1).shuffle(order)
+    paths = running.write(tmp_path / "in", {"sa_000000.tar": making.gzipped(making.tar(order))})
+    manifest = convert(paths, tmp_path / "out", shards=3)
+    running.check_samples(tmp_path / "out", order)
+    assert manifest.totals.stored_sources == 0  # all are in Meta's form: the columns give their bytes again
+    assert manifest.totals.area_mismatches == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- dealing
@@ -700,6 +785,23 @@ def test_a_task_that_is_done_is_not_done_again(three: Any) -> None:
     assert (first.already_done, again.already_done) == (False, True)
     assert again.receipt == first.receipt
     assert path.stat() == before
+
+
+def test_what_a_dead_attempt_left_goes_when_its_task_is_found_done(three: Any) -> None:
+    run_task(three, 0)
+    attempts = three.destination.root / ".state" / "attempts"
+    for label in ("task-000000-dead", "task-000001-dead"):
+        (attempts / label).mkdir(parents=True)
+        (attempts / label / "sa1b-train-000000.tar").write_bytes(b"half")
+        (attempts / f"{label}.lock").touch()
+    run_task(three, 0)
+    assert sorted(p.name for p in attempts.iterdir()) == ["task-000001-dead", "task-000001-dead.lock"]
+    with three.destination.attempt("task-000001"):
+        assert not (attempts / "task-000001-dead").exists()
+        assert len(list(attempts.iterdir())) == 2  # the living one is let be
+        three.destination.sweep()
+        assert len(list(attempts.iterdir())) == 2
+    assert not list(attempts.iterdir())
 
 
 def _plan_of(dest: Path) -> Plan:

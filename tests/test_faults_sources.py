@@ -5,6 +5,8 @@ import gzip
 import os
 import random
 import re
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -244,6 +246,19 @@ def test_the_second_of_two_gzip_members_damaged_fails_and_names_it(job: Job) -> 
         assert _byte(error) >= half or "not a tar header" in str(error)
     error = _fails(job, first + second[: len(second) // 2])
     assert f"gzip member at compressed byte {len(first):,}" in str(error)
+
+
+def test_the_command_ends_with_1_and_one_line(job: Job) -> None:
+    whole = making.tar(MEMBERS)
+    _source(job).write_bytes(whole[:3200])
+    command = [sys.executable, "-c", "from sa1b_wds.cli import run; run()", "convert", str(_source(job))]
+    dest = str(job.destination.root.parent / "other")
+    done = subprocess.run([*command, "--out", dest, "--workers", "1"], capture_output=True, text=True)
+    assert done.returncode == 1
+    (said,) = done.stderr.splitlines()
+    assert "sa_000000.tar: byte 3,200 of the tar: the file ends inside ./sa_7.json" in said
+    assert said.startswith("sa1b-wds: ")
+    assert [n for n in running.tree(Path(dest)) if not n.startswith(".state")] == ["plan.json"]
 
 
 # ------------------------------------------------------------------------------------------------------------ storage
