@@ -472,7 +472,7 @@ def verify(
     /,
     *,
     deep: bool | None = None,
-    against: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    against: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     workers: int | None = None,
     config: Config = None,
 ) -> None:
@@ -498,6 +498,8 @@ def verify(
 
     o = options.load(config, options.Verify, dest=dest, deep=deep, against=against, workers=workers)
     destination = Destination(_required(o.dest, "DEST"))
+    if against is not None:  # "no difference" from a comparison with nothing would be worse than an error
+        _required(against, "--against")
     with bytes_display("verifying") as report:
         found = checks.verify(destination, deep=o.deep, against=o.against or None, report=report, workers=o.workers)
     for difference in found:

@@ -153,6 +153,16 @@ def test_an_empty_word_is_not_the_folder_one_is_in(
     assert [p.name for p in here.iterdir()] == ["sa_0.tar"]
 
 
+@pytest.mark.parametrize("words", [(), ("",)])
+def test_a_comparison_with_nothing_is_not_a_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    """`--against $SOURCES` where SOURCES is not set."""
+    assert call("convert", tars(tmp_path / "in", "sa_0.tar"), "--out", tmp_path / "out") == 0
+    assert call("verify", tmp_path / "out", "--against", *words) == 2
+    assert "--against: is missing" in capsys.readouterr().err
+
+
 def test_an_empty_path_in_an_option_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("restore", tmp_path, "--out", "") == 2
     assert "--out: wrong value: expected a path" in capsys.readouterr().err
