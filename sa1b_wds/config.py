@@ -24,7 +24,7 @@ from msgspec import Meta, Struct, inspect
 from .errors import ConfigError, Sa1bError, UsageError
 
 __all__ = [
-    "SECTIONS", "Convert", "Finalize", "Plan", "Restore", "Section", "Size", "Stats", "Status", "Stream",
+    "SECTIONS", "Convert", "Export", "Finalize", "Plan", "Restore", "Section", "Size", "Stats", "Status", "Stream",
     "Synth", "Verify", "load", "parse_size", "section",
 ]  # fmt: skip
 
@@ -147,6 +147,23 @@ class Restore(Section, frozen=True, kw_only=True):
     """Folder for the tars."""
 
 
+class Export(Section, frozen=True, kw_only=True):
+    SECTION: ClassVar[str] = "export"
+
+    dest: str | None = None
+    """The data set."""
+    out: Path | None = None
+    """A folder for shards, else a file."""
+    annotations_only: bool = False
+    """Shards without the images."""
+    parquet: bool = False
+    """Numbers, one row a mask."""
+    coco: bool = False
+    """One COCO JSON."""
+    split: str = "train"
+    """Which samples, in TFDS' slice notation."""
+
+
 class Stats(Section, frozen=True, kw_only=True):
     SECTION: ClassVar[str] = "stats"
 
@@ -195,7 +212,8 @@ class Stream(Section, frozen=True, kw_only=True):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    schema.SECTION: schema for schema in (Plan, Convert, Status, Finalize, Verify, Restore, Stats, Synth, Stream)
+    schema.SECTION: schema
+    for schema in (Plan, Convert, Status, Finalize, Verify, Restore, Export, Stats, Synth, Stream)
 }
 """By name: every section that a file may have."""
 

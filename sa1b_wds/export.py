@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .storage import FileWriter
 
 Report = Callable[[int, int], None]
-"""Gets samples done and in all."""
+"""Gets bytes of shards read, and about how many it will be in all."""
 
 EXPORT_NAME = "export.json"
 _AT_ONCE = 32
@@ -68,6 +68,19 @@ def _silent(done: int, total: int) -> None:
     pass
 
 
+class _Counter:
+    def __init__(self, ds: Dataset, report: Report) -> None:
+        self._report, self._done = report, 0
+        self._total = round(float((ds.shards.mean_bytes[ds.selection.shard] * ds.selection.count).sum()))
+
+    def add(self, count: int) -> None:
+        self._done += count
+        self._report(self._done, max(self._done, self._total))
+
+    def finish(self) -> None:
+        self._report(self._done, self._done)
+
+
 # ---------------------------------------------------------------------------------------------- shards without images
 
 
@@ -77,7 +90,7 @@ def annotations_only(ds: Dataset, out: str, *, report: Report = _silent) -> Expo
     Args:
         ds: what to export.
         out: a folder outside of the data set; what an export of the same samples wrote there already stays.
-        report: gets samples done and in all.
+        report: gets bytes read, and about how many it will be.
 
     Raises:
         UsageError: nothing is selected; `out` lies in the data set, or holds something else.
@@ -88,33 +101,32 @@ def annotations_only(ds: Dataset, out: str, *, report: Report = _silent) -> Expo
     folder = _folder(ds, out)
     _begin(folder, head)
     facts: list[ShardFact] = []
-    done = 0
+    counter = _Counter(ds, report)
     try:
         for part in range(parts):
             name = f"sa1b-train-{part:06d}.tar"
             receipt = f"receipts/shard-{part:06d}.json"
             if not folder.exists(receipt):
                 with folder.attempt(f"export-{part:06d}") as attempt:
-                    fact = _shard(attempt, ds, part, name)
+                    fact = _shard(attempt, ds, part, name, counter)
                     attempt.publish(receipt, msgspec.json.encode(fact))
-            fact = _receipt(folder, receipt)
-            facts.append(fact)
-            done += fact.samples
-            report(done, len(ds))
+            facts.append(_receipt(folder, receipt))
+        counter.finish()
         sums = totals([], facts)
         plan = hashlib.sha256(head.of.encode()).hexdigest()
         for side_name, data in sidecars.files(plan, sums, facts, images=False):
             folder.put(side_name, data)
     finally:
         folder.clear_state()
-    return Exported(samples=done, annotations=sums.annotations, bytes=sums.bytes, files=parts)
+    return Exported(samples=sums.samples, annotations=sums.annotations, bytes=sums.bytes, files=parts)
 
 
 def _folder(ds: Dataset, out: str) -> Destination:
     if not len(ds):
         raise UsageError(repr(ds), "nothing to export")
     folder = Destination(out)
-    if ds.manifest is not None and folder.root.resolve().is_relative_to(Destination(ds.where).root.resolve()):
+    local = ds.manifest is not None and ("://" not in ds.where or ds.where.startswith("file://"))
+    if local and folder.root.resolve().is_relative_to(Destination(ds.where).root.resolve()):
         raise UsageError(out, "lies in the data set: readers would take what is written for a part of it")
     return folder
 
@@ -141,12 +153,12 @@ def _receipt(folder: Destination, name: str) -> ShardFact:
         raise FormatError(folder.place(name), f"not a receipt: {error}") from None
 
 
-def _shard(attempt: Attempt, ds: Dataset, part: int, name: str) -> ShardFact:
+def _shard(attempt: Attempt, ds: Dataset, part: int, name: str, counter: _Counter) -> ShardFact:
     """One shard and its indices, in the attempt."""
     writer, digest = attempt.create(name), hashlib.sha256()
     offsets, lines, annotations, stored, at = [0], [], 0, 0, 0
     try:
-        for sample, a in _read(ds, part):
+        for sample, a in _read(ds, part, counter):
             size, member = len(sample.member), f"{sample.key}{PACKED}"
             pieces: list[bytes | memoryview] = [tar.header(member, size), sample.member, bytes(tar.padding(size))]
             for piece in pieces:
@@ -180,14 +192,17 @@ def _shard(attempt: Attempt, ds: Dataset, part: int, name: str) -> ShardFact:
     )
 
 
-def _read(ds: Dataset, part: int) -> Iterator[tuple[PackedSample, Annotations]]:
+def _read(ds: Dataset, part: int, counter: _Counter) -> Iterator[tuple[PackedSample, Annotations]]:
     """The selected samples of one shard in their order; each is good until the next."""
     pool = Pool(idle=1 << 24)
     count = int(ds.selection.count[part])
     for begin in range(0, count, _AT_ONCE):
         i = np.arange(begin, min(begin + _AT_ONCE, count))
         shards, places = ds.selection.places(np.full(len(i), part), i)
-        for found in ds.shards[int(shards[0])].read(places.tolist(), pool, ReadCost()):
+        cost = ReadCost()
+        read = ds.shards[int(shards[0])].read(places.tolist(), pool, cost)
+        counter.add(cost.bytes)
+        for found in read:
             if isinstance(found, Sa1bError):
                 raise found
             a = unpack(found.member, found.where)
@@ -198,12 +213,10 @@ def _read(ds: Dataset, part: int) -> Iterator[tuple[PackedSample, Annotations]]:
 
 
 def _all(ds: Dataset, report: Report) -> Iterator[tuple[PackedSample, Annotations]]:
-    done = 0
+    counter = _Counter(ds, report)
     for part in range(len(ds.selection.shard)):
-        for found, a in _read(ds, part):
-            yield found, a
-            done += 1
-            report(done, len(ds))
+        yield from _read(ds, part, counter)
+    counter.finish()
 
 
 # ------------------------------------------------------------------------------------------------------ single files
