@@ -19,6 +19,7 @@ from sa1b_wds import convert, rle, sidecars, tar
 from sa1b_wds.annotations import unpack
 from sa1b_wds.differences import LIMIT, LIMIT_OF_ONE
 from sa1b_wds.errors import NotFound, StorageError
+from sa1b_wds.keys import KEY_ROW
 from sa1b_wds.layout import ROW
 from sa1b_wds.manifest import (
     MANIFEST_NAME,
@@ -177,10 +178,11 @@ def _rebuild(dest: Path, stem: str, data: bytes) -> None:
 
 def rekey(dest: Path) -> None:
     """Make index/keys.bin right again."""
-    manifest = msgspec.json.decode((dest / MANIFEST_NAME).read_bytes(), type=Manifest)
-    plan = load_plan((dest / "plan.json").read_bytes(), "")
-    data = convert._key_index(Destination(str(dest)), plan, [s.name for s in manifest.shards])
-    (dest / "index/keys.bin").write_bytes(data)
+    keys = []
+    for number, path in enumerate(sorted(dest.glob("*.tar"))):
+        rows = np.frombuffer((dest / f"index/{path.stem}.rows").read_bytes(), ROW)
+        keys += [(int(row["image_id"]), number, i) for i, row in enumerate(rows)]
+    (dest / "index/keys.bin").write_bytes(np.array(sorted(keys), KEY_ROW).tobytes())
 
 
 def find(dest: Path, key: str) -> tuple[Path, tuple[str, int, int, int, int, int]]:
@@ -674,6 +676,10 @@ def changed_sources() -> Iterator[tuple[str, str, list[Member], str]]:
     yield "one more of no kind", "sa_000000.tar", [*first, Member("./x.txt", b"1")], "ignored"
     yield "a pair of another source", "sa_000000.tar", first + making.pair(20), "sa_20"
     yield "a second one", "sa_000000.tar", [*first, first[0]], "a second sa_1.jpg"
+    second = sources()["sa_000001.tar"]
+    renamed = [Member("./sa_301.jpg", m.data) if m.name == "./sa_300.jpg" else m for m in second]
+    yield "a rejected one renamed", "sa_000001.tar", renamed, "its name in quarantine"
+    yield "a rejected one gone", "sa_000001.tar", [m for m in second if m.name != "./sa_300.jpg"], "members: "
     yield "two exchanged", "sa_000000.tar", [first[2], first[3], first[0], first[1], *first[4:]], "stand elsewhere"
 
 
