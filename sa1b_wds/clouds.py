@@ -11,13 +11,14 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from .errors import Changed, NoCredentials, NotFound, StorageError, UsageError
+from .errors import Changed, NoCredentials, NotFound, StorageError, Unreachable, UsageError
 from .transfer import HOW_TO_SIGN_IN, Limits, Passing, Stat, refusal
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def _store(scheme: str, bucket: str, limits: Limits, writing: bool, about: objec
     from obstore import store as stores
 
     stall = timedelta(seconds=limits.stall)
-    client: dict[str, Any] = {"connect_timeout": stall, "read_timeout": stall, "timeout": timedelta(days=1)}
+    client: dict[str, Any] = {"connect_timeout": stall, "read_timeout": stall}
+    client["timeout"] = 10 * stall if writing else timedelta(days=1)  # a part, or a whole object
     # Reads are tried again by `transfer`, which knows how far it had come; writes by the library, part by part.
     retries = {"max_retries": limits.attempts if writing else 0, "retry_timeout": timedelta(seconds=600)}
     common: dict[str, Any] = {"client_options": client, "retry_config": retries}
@@ -202,18 +204,126 @@ class Cloud:
             raise _meaning(error, self.where) from None
 
 
-def names(url: str, limits: Limits) -> list[tuple[str, int]]:
-    """(key, bytes) of all objects below a URL, sorted; the keys without what the URL already says."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listed:
+    """An object as a listing shows it."""
+
+    name: str
+    """Its key, without what the URL already says."""
+    size: int
+    """Bytes."""
+    modified: float
+    """Seconds since 1970, by the clock of the store."""
+
+
+def listing(url: str, limits: Limits) -> list[Listed]:
+    """All objects below a URL, sorted by name."""
     import obstore
 
     scheme, bucket, prefix = split(url)
     prefix = f"{prefix}/" if prefix else ""
     try:
         found = [
-            (meta["path"].removeprefix(prefix), meta["size"])
+            Listed(
+                name=meta["path"].removeprefix(prefix), size=meta["size"], modified=meta["last_modified"].timestamp()
+            )
             for chunk in obstore.list(store(scheme, bucket, limits), prefix)
             for meta in chunk
         ]
     except Exception as error:
         raise _meaning(error, url) from None
-    return sorted(found)
+    return sorted(found, key=lambda one: one.name)
+
+
+def put(url: str, data: "Buffer", limits: Limits, *, new: bool = False) -> bool:
+    """Write an object whole; with `new` only where there is none, False if there is one."""
+    import obstore
+    from obstore.exceptions import AlreadyExistsError
+
+    scheme, bucket, key = split(url)
+    try:
+        there = store(scheme, bucket, limits, writing=True)
+        obstore.put(there, key, bytes(data), mode="create" if new else "overwrite", use_multipart=False)
+    except AlreadyExistsError:
+        return False
+    except Exception as error:
+        raise _meaning(error, url) from None
+    return True
+
+
+def delete(url: str, limits: Limits) -> None:
+    """Remove an object, if it is there."""
+    import obstore
+
+    scheme, bucket, key = split(url)
+    try:
+        obstore.delete(store(scheme, bucket, limits, writing=True), key)
+    except FileNotFoundError:
+        pass
+    except Exception as error:
+        raise _meaning(error, url) from None
+
+
+PART = 8 << 20
+"""Bytes of a part of an upload."""
+
+
+class Upstream:
+    """An object being written, in parts, one of them on its way at a time; it is not there before `complete`."""
+
+    def __init__(self, url: str, limits: Limits) -> None:
+        import obstore
+
+        scheme, bucket, key = split(url)
+        self.where = url
+        there = store(scheme, bucket, limits, writing=True)
+        self._file: Any = obstore.open_writer(there, key, buffer_size=PART, max_concurrency=1)
+        self._part, self._used = memoryview(b""), 0
+
+    def write(self, piece: "Buffer") -> None:
+        """Raises: StorageError, by the library's own patience with each part."""
+        # Copied, and handed over a part at a time: the library keeps what it is given until it is sent.
+        view = memoryview(piece).cast("B")
+        while len(view):
+            if self._used == len(self._part):
+                self._hand_over()
+                self._part = memoryview(bytearray(PART))
+            n = min(len(view), len(self._part) - self._used)
+            self._part[self._used : self._used + n] = view[:n]
+            self._used += n
+            view = view[n:]
+
+    def _hand_over(self) -> None:
+        part, self._part = self._part[: self._used], memoryview(b"")
+        self._used = 0
+        try:
+            if len(part):
+                self._file.write(part)
+        except Exception as error:
+            raise settled(_meaning(error, self.where), self.where) from None
+
+    def complete(self) -> None:
+        """All bytes are there, and the object is visible."""
+        self._hand_over()
+        try:
+            self._file.close()
+        except Exception as error:
+            raise settled(_meaning(error, self.where), self.where) from None
+
+
+def settled(error: Exception, where: str) -> Exception:
+    """An error where nobody is going to try again."""
+    return Unreachable(where, f"gave up: {error}") if isinstance(error, Passing) else error
+
+
+def keys() -> tuple[str, str, str | None] | None:
+    """(id, secret, session token) for requests to S3 that are signed here; None where none are at hand."""
+    if access := os.environ.get("AWS_ACCESS_KEY_ID"):
+        return access, os.environ.get("AWS_SECRET_ACCESS_KEY", ""), os.environ.get("AWS_SESSION_TOKEN")
+    found = amazon()
+    if "access_key_id" in found:
+        return found["access_key_id"], found["secret_access_key"], found.get("session_token")
+    if (provider := found.get("credential_provider")) is not None:
+        made = provider()
+        return made["access_key_id"], made["secret_access_key"], made.get("token")
+    return None

@@ -3,12 +3,15 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from . import clouds
 from .errors import Sa1bError, StorageError
 from .transfer import Limits, Object, Passing, Pauses
+
+T = TypeVar("T")
 
 _WEB = ("http", "https")
 
@@ -37,15 +40,26 @@ def listed(url: str) -> list[str]:
     """URLs of the tars directly below a URL, sorted; of a web server, which cannot be asked, the URL itself."""
     if urlsplit(url).scheme in _WEB:
         return [url]
+    return [
+        f"{url.rstrip('/')}/{one.name}"
+        for one in insisting(url, lambda limits: clouds.listing(url, limits))
+        if "/" not in one.name and one.name.endswith(".tar")
+    ]
+
+
+def insisting(where: str, act: Callable[[Limits], T]) -> T:
+    """`act`, again where what hinders it may pass.
+
+    Raises:
+        Unreachable: it did not pass.
+    """
     limits = Limits.of(os.environ)
-    pauses = Pauses(url, limits, threading.Event())
+    pauses = Pauses(where, limits, threading.Event())
     while True:
         try:
-            found = clouds.names(url, limits)
-            break
+            return act(limits)
         except Passing as why:
             pauses.wait(why)
-    return [f"{url.rstrip('/')}/{name}" for name, _ in found if "/" not in name and name.endswith(".tar")]
 
 
 class _Window:

@@ -16,7 +16,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 import braceexpand
@@ -230,7 +230,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 class Destination:
-    """The folder that a data set is written to, and everything in it by relative name."""
+    """The folder, or the place in a bucket, that a data set is written to, and everything in it by relative name."""
+
+    def __new__(cls, url: str) -> "Destination":
+        # Objects have no folders, locks or renames: another class, with the same methods (a test holds them equal).
+        if is_remote(url):
+            from .objects import Bucket
+
+            return cast(Destination, Bucket(url))
+        return super().__new__(cls)
 
     def __init__(self, url: str) -> None:
         self.where = url

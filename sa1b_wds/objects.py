@@ -1,0 +1,289 @@
+"""A bucket as a destination: what `storage.Destination` does with folders, done with objects.
+
+Shards go up in parts while they are made and are invisible until their task publishes; then every upload is completed,
+the side files follow, and the receipt comes last and only where there is none. A process that was killed leaves parts
+of uploads, which the next one at the same task ends where it may (see `uploads`), and perhaps some shards, which it
+writes again with the same bytes.
+
+There are no locks: an attempt is an object below `.state/attempts/` that says whose it is, renewed while it writes. It
+is dead when its process is, on this machine, or when nobody renewed it for a quarter of an hour.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from . import clouds, uploads
+from .errors import NotFound, StorageError, UsageError, masked
+from .remote import insisting, open_object, read, size_of
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Buffer
+
+_ATTEMPTS = ".state/attempts"
+_RENEW_SECONDS = 20.0
+_DEAD_SECONDS = 900.0
+_COMPLETERS = 8
+
+
+class Bucket:
+    """The place that a data set is written to or read from, and everything in it by relative name."""
+
+    def __init__(self, url: str) -> None:
+        self.where = url.rstrip("/")
+        parts = urlsplit(url)
+        self._is_web = parts.scheme not in clouds.SCHEMES
+        if self._is_web and parts.query:
+            raise UsageError(masked(url), "a signed URL is good for one file, not for a data set")
+
+    def __reduce__(self) -> tuple[type["Bucket"], tuple[str]]:
+        return Bucket, (self.where,)
+
+    def __repr__(self) -> str:
+        return f"Bucket({masked(self.where)!r})"
+
+    def place(self, name: str) -> str:
+        """The URL of a name."""
+        return f"{self.where}/{name}"
+
+    def exists(self, name: str) -> bool:
+        try:
+            open_object(self.place(name))
+        except NotFound:
+            return False
+        return True
+
+    def holds(self, url: str) -> bool:
+        """Whether a source lies below this place."""
+        return url.startswith(f"{self.where}/")
+
+    def size(self, name: str) -> int:
+        return size_of(self.place(name))
+
+    def read(self, name: str) -> bytes:
+        return read(self.place(name))
+
+    def _listing(self, folder: str) -> list[clouds.Listed]:
+        if self._is_web:
+            raise UsageError(self.where, "a web server does not say what it has")
+        where = self.place(folder).rstrip("/")
+        return insisting(where, lambda limits: clouds.listing(where, limits))
+
+    def names(self, folder: str = "") -> list[str]:
+        """Relative names of all objects below a folder, sorted; hidden ones included."""
+        prefix = f"{folder.rstrip('/')}/" if folder else ""
+        return sorted(prefix + one.name for one in self._listing(folder))
+
+    def put(self, name: str, data: "Buffer") -> None:
+        """Write a small object whole: a reader sees the old one or the new one."""
+        self._put(name, data, new=False)
+
+    def put_new(self, name: str, data: "Buffer") -> bool:
+        """Write a small object if there is none of that name; False if there was one."""
+        return self._put(name, data, new=True)
+
+    def _put(self, name: str, data: "Buffer", *, new: bool) -> bool:
+        if self._is_web:
+            raise UsageError(self.where, "a web server is only read from", "a path, s3://, gs:// or az://")
+        where = self.place(name)
+        return insisting(where, lambda limits: clouds.put(where, data, limits, new=new))
+
+    def leave(self) -> None:
+        """There are no folders that could be empty."""
+
+    def remove(self, name: str) -> None:
+        """Remove an object, and everything below it as if it were a folder."""
+        for one in [name, *self.names(name)]:
+            where = self.place(one)
+            insisting(where, lambda limits, where=where: clouds.delete(where, limits))  # type: ignore[misc]
+
+    def remove_empty(self, folder: str) -> None:
+        """There are no folders."""
+
+    def clear_state(self) -> None:
+        """Remove what runs keep below `.state/`, and unfinished uploads, but for those of live processes."""
+        alive = self._alive("")
+        for name in self.names(".state"):
+            if not any(name.startswith(attempt) for attempt in alive):
+                self.remove(name)
+        if not alive:
+            self.end_uploads()
+
+    def attempt(self, label: str) -> "ObjectAttempt":
+        """A new attempt at the piece of work called `label`; sweeps what dead ones left."""
+        return ObjectAttempt(self, label)
+
+    def sweep(self, label: str = "") -> None:
+        """Forget the attempts, at the piece of work called `label` or at any, whose process is dead."""
+        self._alive(label)
+
+    def at_work(self, label: str) -> bool:
+        """Whether a live process has an attempt at the piece of work called `label`."""
+        return bool(self._alive(label))
+
+    def _alive(self, label: str) -> list[str]:
+        """Names of the attempts of live processes; removes the others."""
+        alive = []
+        for one in self._listing(_ATTEMPTS):
+            if label and not one.name.startswith(f"{label}-"):
+                continue
+            name = f"{_ATTEMPTS}/{one.name}"
+            try:
+                dead = _is_dead(self.read(name), time.time() - one.modified)
+            except NotFound:
+                continue
+            if dead:
+                self.remove(name)
+            else:
+                alive.append(name)
+        return alive
+
+    def end_uploads(self, name: str = "") -> None:
+        """End every upload below this place, or to one name, that was begun and not completed."""
+        where = self.place(name).rstrip("/")
+        with contextlib.suppress(StorageError):  # not everybody may list them; the lifecycle rule removes them then
+            for upload in uploads.pending(where) or ():
+                uploads.abort(where, upload)
+
+
+def _self() -> dict[str, object]:
+    """Whose attempt it is: enough to know on this machine whether the process still lives."""
+    about: dict[str, object] = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_of(os.getpid())}
+    with contextlib.suppress(OSError):
+        about["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        about["processes"] = str(Path("/proc/self/ns/pid").readlink())
+    return about
+
+
+def _start_of(pid: int) -> str:
+    """When a process started, in the kernel's ticks; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_dead(data: bytes, age: float) -> bool:
+    if age > _DEAD_SECONDS:
+        return True
+    try:
+        theirs = json.loads(data)
+        mine = _self()
+        if any(theirs.get(key) != mine.get(key) for key in ("host", "boot", "processes")):
+            return False
+        return bool(_start_of(int(theirs["pid"])) != theirs["start"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+class ObjectAttempt:
+    """Objects of one piece of work, invisible until `publish`; a context manager that leaves nothing behind."""
+
+    def __init__(self, destination: Bucket, label: str) -> None:
+        self.destination = destination
+        self._alone = not destination.at_work(label)
+        self._files: dict[str, ObjectWriter | bytes] = {}
+        self._name = f"{_ATTEMPTS}/{label}-{secrets.token_hex(8)}"
+        self._about = json.dumps(_self()).encode()
+        self._renewed = 0.0
+        self.renew()
+
+    def renew(self) -> None:
+        """Say that this attempt lives, if that was long ago."""
+        if time.monotonic() - self._renewed > _RENEW_SECONDS or not self._renewed:
+            self._renewed = time.monotonic()
+            self.destination.put(self._name, self._about)
+
+    def create(self, name: str) -> "ObjectWriter":
+        """A new object that will be called `name`."""
+        if self._alone:
+            self.destination.end_uploads(name)
+        writer = ObjectWriter(self.destination.place(name), self)
+        self._files[name] = writer
+        return writer
+
+    def put(self, name: str, data: "Buffer") -> None:
+        """A new, small object of these bytes that will be called `name`."""
+        self._files[name] = bytes(data)
+
+    def publish(self, last: str, data: "Buffer") -> bool:
+        """Complete every object, each finished; then make one more, which says that they are all there.
+
+        False if there was an object of that name.
+        """
+        with ThreadPoolExecutor(_COMPLETERS, "sa1b-wds-complete") as completers:
+            for _ in completers.map(self._complete, list(self._files)):
+                self.renew()
+        return self.destination.put_new(last, data)
+
+    def _complete(self, name: str) -> None:
+        file = self._files[name]
+        if isinstance(file, bytes):
+            self.destination.put(name, file)
+        else:
+            file.complete()
+
+    def publish_one(self, name: str) -> bool:
+        """Complete one finished object; False, and nothing happens, if there is one already."""
+        if self.destination.exists(name):
+            return False
+        self._complete(name)
+        return True
+
+    def __enter__(self) -> "ObjectAttempt":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
+    ) -> None:
+        begun = [name for name, file in self._files.items() if isinstance(file, ObjectWriter) and not file.completed]
+        self._files.clear()
+        if self._alone:
+            for name in begun:
+                self.destination.end_uploads(name)
+        with contextlib.suppress(StorageError):  # no error here may hide the one that led here
+            self.destination.remove(self._name)
+
+
+class ObjectWriter:
+    """An object being written."""
+
+    def __init__(self, where: str, attempt: ObjectAttempt) -> None:
+        self.where, self._attempt = where, attempt
+        self._upstream: clouds.Upstream | None = None
+        self._finished = self.completed = False
+
+    def write(self, pieces: Sequence["Buffer"]) -> None:
+        """Append the pieces, all of their bytes."""
+        if self._upstream is None:
+            self._upstream = insisting(self.where, lambda limits: clouds.Upstream(self.where, limits))
+        for piece in pieces:
+            self._upstream.write(piece)
+        self._attempt.renew()
+
+    def finish(self) -> None:
+        """Everything is written; the last part goes when the attempt publishes, which makes the object visible."""
+        self._finished = True
+
+    def complete(self) -> None:
+        assert self._finished, f"{self.where} was not finished"
+        if self._upstream is None:
+            self._attempt.destination.put(self.where.removeprefix(f"{self._attempt.destination.where}/"), b"")
+        else:
+            self._upstream.complete()
+        self.completed = True
+
+    def close(self) -> None:
+        """A finished one waits for its attempt; of another one nothing stays."""
+        if not self._finished:
+            self._upstream = None
