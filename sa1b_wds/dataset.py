@@ -22,7 +22,7 @@ from .layout import ShardIndex, check_offsets, image_id_of, scan
 from .manifest import KEYS_NAME, MANIFEST_NAME, PLAN_NAME, Manifest, load_manifest
 from .pipe import PREFIX
 from .ranged import open_ranged
-from .reader import Known, ReadCost, Shard, Shards, SideFiles, length_of
+from .reader import Known, ReadCost, Shard, ShardPlace, Shards, SideFiles, length_of
 from .selection import SPLIT, Selection, parse_split
 from .storage import Destination, expand, local_path
 
@@ -277,7 +277,8 @@ def _open_manifest(folder: Destination) -> Dataset:
     shards = []
     for fact in manifest.shards:
         place = folder.place(fact.name)
-        shards.append(Shard(place, fact.samples, fact.bytes, SideFiles(where=place, fact=fact, read=folder.read)))
+        find = SideFiles(where=place, fact=fact, read=folder.read)
+        shards.append(ShardPlace(place, fact.samples, fact.bytes, find))
     counts = [fact.samples for fact in manifest.shards]
     if sum(counts) != manifest.totals.samples:
         raise FormatError(
@@ -303,7 +304,9 @@ def _open_shards(urls: Sequence[str], where: str) -> Dataset:
         raise UsageError(where, "no shards")
     with ThreadPoolExecutor(_SCANNERS, "sa1b-wds-scan") as pool:
         found = list(pool.map(_plain_index, urls))
-    shards = [Shard(url, len(index), length_of(index), Known(index)) for url, index in zip(urls, found, strict=True)]
+    shards = [
+        ShardPlace(url, len(index), length_of(index), Known(index)) for url, index in zip(urls, found, strict=True)
+    ]
     counts = [len(index) for index in found]
     names = [
         (url.rpartition("/")[2], len(index), str(length_of(index))) for url, index in zip(urls, found, strict=True)

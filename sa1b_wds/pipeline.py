@@ -70,7 +70,8 @@ class Pipeline:
         skipped: int = 0,
     ) -> None:
         """`skipped`: how many samples were skipped before, which counts against the limit."""
-        self._shards, self._view, self._limits, self._memory = shards, view, limits, memory
+        self._shards = shards.apart(keep=max(128, 2 * order.leg.lanes))
+        self._view, self._limits, self._memory = view, limits, memory
         self._seed, self._epoch = seed, epoch
         self._before = skipped
         self.tally = Tally.of(limits.threads, limits.fetch_threads)
@@ -80,7 +81,6 @@ class Pipeline:
         lane_bytes = order.leg.lanes * float(self._mean[selection.shard].mean()) if len(selection) else 1.0
         # Blocks end one after the other, so half a piece of each lane is held on average; a quarter is for unevenness.
         self._most = max(1, int(1.5 * limits.read_ahead / lane_bytes))
-        shards.keep(2 * order.leg.lanes)
 
         self._lock = threading.Lock()
         self._can_fetch = threading.Condition(self._lock)

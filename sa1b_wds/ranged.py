@@ -16,11 +16,18 @@ class Ranged(Protocol):
 
     parallel: bool
 
+    @property
+    def retries(self) -> int:
+        """Requests that were taken up again, so far."""
+
     def read(self, offset: int, views: Sequence[memoryview]) -> int:
         """Fill the views with the bytes from `offset` on; how many there were, short only at the end."""
 
     def behind(self, offset: int) -> int:
         """Bytes that follow `offset`, which is where reading has come to; 0 at the proper end."""
+
+    def interrupt(self) -> None:
+        """Whoever waits for bytes gets an error."""
 
     def close(self) -> None: ...
 
@@ -29,6 +36,7 @@ class LocalFile:
     """A file of this machine."""
 
     parallel = True
+    retries = 0
 
     def __init__(self, url: str) -> None:
         self._where = url
@@ -69,6 +77,9 @@ class LocalFile:
         with translating(self._where):
             return os.fstat(self._descriptor).st_size - offset
 
+    def interrupt(self) -> None:
+        """A disk answers by itself."""
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -82,6 +93,7 @@ class ForwardFile:
     """The output of a command: only forwards, and bytes passed over are read all the same."""
 
     parallel = False
+    retries = 0
 
     def __init__(self, url: str) -> None:
         self._pipe = Pipe(url)

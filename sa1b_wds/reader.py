@@ -118,50 +118,51 @@ class Known:
 
 
 @dataclass(frozen=True)
+class ShardPlace:
+    """Where a shard is, and what is known of it before it is opened."""
+
+    where: str
+    """Path, URL or `pipe:` command."""
+    samples: int
+    length: int
+    """Bytes."""
+    find: Callable[[], ShardIndex]
+    """Makes its index."""
+
+
+@dataclass(slots=True)
 class _Open:
     index: ShardIndex
     file: Ranged | None
     """None: it cannot be opened, or only reads forwards."""
     damage: Sa1bError | None
+    retries: int = 0
+    """Of the file, as far as they were counted."""
 
 
 class Shard:
-    """One shard: its index and its open file, both made when first needed and let go by `forget`.
+    """One shard, its index and its open file; both are made when first needed. Several threads may read at once."""
 
-    Args:
-        where: path, URL or `pipe:` command.
-        samples: how many it has.
-        length: its bytes.
-        find: makes its index.
-    """
-
-    def __init__(self, where: str, samples: int, length: int, find: Callable[[], ShardIndex]) -> None:
-        self.where, self.samples, self.length = where, samples, length
-        self._find = find
+    def __init__(self, place: ShardPlace) -> None:
+        self.where, self.length = place.where, place.length
+        self._find = place.find
         self._lock = threading.Lock()
         self._open: _Open | None = None
         self._forward: list[ForwardFile] = []
         self._busy: set[ForwardFile] = set()
-
-    def __reduce__(self) -> tuple[type["Shard"], tuple[object, ...]]:
-        return Shard, (self.where, self.samples, self.length, self._find)
 
     @property
     def is_forward(self) -> bool:
         """Whether it can only be read from its beginning."""
         return self.where.startswith(PREFIX)
 
-    def forget(self) -> None:
-        """Let go of index and file; what is being read goes on with them."""
-        with self._lock:
-            self._open = None
-            self._forward = []
-
     def interrupt(self) -> None:
-        """End the commands that are being read from: whoever waits for one gets an error."""
+        """End what is being waited for: whoever waits gets an error, and the shard is of no use any more."""
         with self._lock:
             for forward in self._busy:
                 forward.interrupt()
+            if self._open is not None and self._open.file is not None:
+                self._open.file.interrupt()
 
     def index(self) -> ShardIndex:
         """Raises: FormatError, ShardDamaged, StorageError."""
@@ -234,6 +235,10 @@ class Shard:
         cost.read += between - begin
         cost.check += perf_counter() - between
         cost.bytes += got
+        if shard.file is not None:
+            with self._lock:
+                cost.retries += shard.file.retries - shard.retries
+                shard.retries = shard.file.retries
         return out
 
     def _check(self, index: ShardIndex, place: int, offset: int, buffer: Buffer, pool: Pool, have: int) -> Found:
@@ -294,57 +299,57 @@ class Shard:
 
 
 class Shards:
-    """All shards of a data set; the index and the file of the last few that were used are kept open."""
+    """All shards of a data set; the last few that were used are kept open."""
 
-    def __init__(self, shards: Sequence[Shard], keep: int = 128) -> None:
-        self._shards = list(shards)
-        self._keep = keep
+    def __init__(self, places: Sequence[ShardPlace], keep: int = 128) -> None:
+        self.places, self._keep = places, keep
         self._lock = threading.Lock()
-        self._recent: OrderedDict[int, None] = OrderedDict()
+        self._open: OrderedDict[int, Shard] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type["Shards"], tuple[list[Shard], int]]:
-        return Shards, (self._shards, self._keep)
+    def __reduce__(self) -> tuple[type["Shards"], tuple[Sequence[ShardPlace], int]]:
+        return Shards, (self.places, self._keep)
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self.places)
+
+    def apart(self, keep: int) -> "Shards":
+        """The same shards with open files of their own: what is interrupted here does not disturb others."""
+        made = Shards(self.places, keep)
+        made.__dict__.update(counts=self.counts, mean_bytes=self.mean_bytes)
+        return made
 
     @cached_property
     def counts(self) -> I64:
         """[shards] samples of each."""
-        return np.array([shard.samples for shard in self._shards], np.int64)
+        return np.array([place.samples for place in self.places], np.int64)
 
     @cached_property
     def mean_bytes(self) -> npt.NDArray[np.float64]:
         """[shards] bytes of a sample of each, on average."""
-        return np.array([shard.length / max(shard.samples, 1) for shard in self._shards], np.float64)
+        return np.array([place.length / max(place.samples, 1) for place in self.places], np.float64)
+
+    def __getitem__(self, number: int) -> Shard:
+        with self._lock:
+            shard = self._open.get(number)
+            if shard is None:
+                shard = self._open[number] = Shard(self.places[number])
+                if len(self._open) > self._keep:
+                    self._open.popitem(last=False)  # closed when nobody reads from it any more
+            else:
+                self._open.move_to_end(number)
+            return shard
 
     def interrupt(self) -> None:
         """End what is being waited for, where that is possible."""
         with self._lock:
-            recent = list(self._recent)
-        for shard in recent:
-            self._shards[shard].interrupt()
-
-    def keep(self, shards: int) -> None:
-        """Keep at least so many open."""
-        self._keep = max(self._keep, shards)
-
-    def __getitem__(self, number: int) -> Shard:
-        with self._lock:
-            self._recent[number] = None
-            self._recent.move_to_end(number)
-            old = self._recent.popitem(last=False)[0] if len(self._recent) > self._keep else None
-        if old is not None:
-            self._shards[old].forget()
-        return self._shards[number]
+            shards = list(self._open.values())
+        for shard in shards:
+            shard.interrupt()
 
     def close(self) -> None:
         """Let go of everything that is open."""
         with self._lock:
-            old = list(self._recent)
-            self._recent.clear()
-        for shard in old:
-            self._shards[shard].forget()
+            self._open.clear()
 
 
 def length_of(index: ShardIndex) -> int:
