@@ -15,7 +15,6 @@ threads only make it sooner. A batch counts when `next` returns it, never when i
 """
 
 import logging
-import os
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -126,7 +125,7 @@ class Stream:
         )
         self.batch_size, self.drop_last = batch_size, drop_last
         self.limits = Limits(
-            threads=threads or max(1, len(os.sched_getaffinity(0)) // self.world.local_size),
+            threads=threads or max(1, worlds.cores() // self.world.local_size),
             fetch_threads=fetch_threads or (8 if "://" in dataset.where else 2),
             read_ahead=read_ahead,
             prefetch=prefetch,

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 
 from .errors import WorldError
@@ -103,6 +104,16 @@ def judge(environ: Mapping[str, str], initialised: World | None = None) -> World
                 other,
             )
     return world
+
+
+def cores(limits: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: those it is bound to, and no more than a container's quota (cgroup v2)."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = limits.read_text().split()
+        return max(1, min(bound, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return bound
 
 
 def _outer(other: World, world: World, environ: Mapping[str, str]) -> bool:

@@ -1,11 +1,12 @@
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from sa1b_wds.errors import WorldError
-from sa1b_wds.world import World, detect, judge
+from sa1b_wds.world import World, cores, detect, judge
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}
 HAND = {"RANK": "3", "WORLD_SIZE": "8"}
@@ -101,6 +102,27 @@ def test_the_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert detect(modules={}) == World(rank=1, size=2, source="torchrun")
     assert judge({}) == World()
+
+
+def test_processes_of_a_machine_share_its_cores() -> None:
+    assert detect(environ=TORCHRUN, modules={}).local_size == 4
+    assert detect(environ=SLURM, modules={}).local_size == 1  # Slurm binds each task to cores of its own
+    assert detect(environ={**TORCHRUN, "LOCAL_WORLD_SIZE": "many"}, modules={}).local_size == 1
+
+
+def test_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    limits = tmp_path / "cpu.max"
+    for text, expected in (
+        ("max 100000", 16),
+        ("400000 100000", 4),
+        ("50000 100000", 1),
+        ("3200000 100000", 16),
+        ("", 16),
+    ):
+        limits.write_text(text)
+        assert cores(limits) == expected
+    assert cores(tmp_path / "none") == 16
 
 
 def test_torch_is_never_imported() -> None:
