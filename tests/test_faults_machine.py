@@ -418,7 +418,8 @@ def test_scratch_that_is_too_small_is_found_before_anything_is_read(tmp_path: Pa
     path = _large(tmp_path / "in", 1 << 43)  # a quarter of it may have to wait
     if shutil.disk_usage(tmp_path).free > 1 << 41:
         pytest.skip("the disk has room for terabytes")
-    job = job_of([path], tmp_path / "out", shards=1, scratch=tmp_path)
+    plan = make_plan([Source(name=path.name, size=1 << 43)], shard_size=1 << 43, mix=1, seed=0)
+    job = job_of([path], tmp_path / "out", plan=plan, scratch=tmp_path)
     with pytest.raises(NoSpace, match=r"scratch .*: too small; give --scratch a folder .* bytes free, found [\d,]+"):
         run_task(job, 0)
     running.check_no_trace(tmp_path / "out")
