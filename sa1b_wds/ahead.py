@@ -11,7 +11,8 @@ T = TypeVar("T")
 class Ahead(Generic[T], Iterator[T]):
     """Iterates over `items` in a thread; what that raises is raised here, after everything before it.
 
-    `close` stops the thread and waits for it; items it had made but nobody took go to `discard`.
+    `close` stops the thread and waits for it; items it had made but nobody took go to `discard`. While the consumer
+    waits for an item, `idle` is called about once a second, in the consumer's thread.
     """
 
     def __init__(
@@ -23,9 +24,10 @@ class Ahead(Generic[T], Iterator[T]):
         budget: int = 1 << 25,
         weigh: Callable[[T], int] = lambda item: 0,
         discard: Callable[[T], None] = lambda item: None,
+        idle: Callable[[], None] | None = None,
     ) -> None:
         self._items, self._depth, self._budget = items, depth, budget
-        self._weigh, self._discard = weigh, discard
+        self._weigh, self._discard, self._idle = weigh, discard, idle
         self._ready: deque[tuple[T, int]] = deque()
         self._held = 0
         self._error: BaseException | None = None
@@ -60,7 +62,14 @@ class Ahead(Generic[T], Iterator[T]):
                 self._done = True
                 self._changed.notify_all()
 
+    def _waited(self) -> bool:
+        """Whether there is something to take, or never will be; False after a second without either."""
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self._ready or self._done), 1.0)
+
     def __next__(self) -> T:
+        while self._idle is not None and not self._ready and not self._waited():
+            self._idle()
         with self._changed:
             while not self._ready and not self._done:
                 self._changed.wait()

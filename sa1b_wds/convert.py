@@ -245,15 +245,26 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
             for number, url in ((n, _location(job, plan.sources[n].name)) for n in task.sources)
         ]
         samples = turns([iter(reader) for reader in readers])
-        dealt = Ahead(_deal(rounds(samples, task.shards), task.shards), name="deal", budget=48 * MIB, weigh=_weigh)
-        stack.callback(dealt.close)
         total, said, written = plan.bytes_of(task), 0.0, 0
+
+        def tell() -> None:
+            report(Progress(task=index, bytes_read=counter.bytes, bytes_total=total, samples=written))
+
+        tell()
+        dealt = Ahead(
+            _deal(rounds(samples, task.shards), task.shards),
+            name="deal",
+            budget=48 * MIB,
+            weigh=_weigh,
+            idle=tell,  # with all jpgs before all jsons there is no sample before most is read
+        )
+        stack.callback(dealt.close)
         for shard_number, sample in dealt:
             shards[shard_number].add(sample)
             written += 1
             if (now := time.monotonic()) - said > 0.2:
                 said = now
-                report(Progress(task=index, bytes_read=counter.bytes, bytes_total=total, samples=written))
+                tell()
         accounts = [reader.account for reader in readers]
         _check(index, plan, task, accounts, quarantine, written, options)
         facts = [shard.finish() for shard in shards]

@@ -4,6 +4,7 @@ import hashlib
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from sa1b_wds import engines
 from sa1b_wds.cli import INDEX_VARIABLES, main, tasks_of
-from sa1b_wds.convert import Outcome, finalize, run_task
+from sa1b_wds.convert import Outcome, Progress, finalize, run_task
 from sa1b_wds.errors import Sa1bError, StorageError, UsageError
 from sa1b_wds.plan import Source, make_plan
 from sa1b_wds.sample import Rejected
@@ -330,3 +331,34 @@ def test_stopping_restore_does_not_promise_what_it_will_not_do(
     assert "again" not in capsys.readouterr().err
     assert call("finalize", tmp_path) == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_a_task_says_that_it_is_alive_before_it_has_a_sample(tmp_path: Path) -> None:
+    """With all jpgs before all jsons the first sample comes when most has been read."""
+    data = making.tar(making.pairs(range(1, 4)))
+    fifo = tmp_path / "sa_0.tar"
+    os.mkfifo(fifo)
+    plan = make_plan([Source(name=fifo.name, size=len(data))], shard_size=1 << 20, mix=1, seed=0)
+    job = running.job_of([fifo], tmp_path / "out", plan=plan)
+    said: list[Progress] = []
+    alive = threading.Event()
+
+    def write() -> None:
+        with fifo.open("wb") as pipe:
+            pipe.write(data[:600])
+            pipe.flush()
+            alive.wait(30)
+            pipe.write(data[600:])
+
+    def report(progress: Progress) -> None:
+        said.append(progress)
+        if len(said) == 2:
+            alive.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    run_task(job, 0, report)
+    writer.join()
+    assert [p.samples for p in said[:2]] == [0, 0]
+    assert said[1].bytes_read == 600
+    assert said[-1].samples == 3
