@@ -37,7 +37,7 @@ def write(folder: Path, sources: Mapping[str, bytes]) -> list[Path]:
 def planned(paths: Sequence[Path], *, shards: int | Sequence[int] | None = None, mix: int = 4, seed: int = 0) -> Plan:
     """The plan of these sources; `shards`: of each task, however few bytes there are."""
     sources = [Source(name=p.name, size=max(1, p.stat().st_size)) for p in paths]
-    plan = make_plan(sources, shard_size=1 << 20, mix=mix, seed=seed)
+    plan = make_plan(sources, shard_size=1 << 20 if shards is None else 1 << 50, mix=mix, seed=seed)
     if shards is None:
         return plan
     counts = [shards] * len(plan.tasks) if isinstance(shards, int) else list(shards)
