@@ -1,5 +1,6 @@
 """What a batch holds, against oracles: pycocotools at full size, numpy, and the image drawn from its own mask."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import simplejpeg
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 from pycocotools import mask as coco
 
 from sa1b_wds import images, rle
@@ -16,6 +20,7 @@ from sa1b_wds.dataset import Dataset, Sample, open
 from sa1b_wds.errors import UsageError
 
 from . import making, running
+from .conftest import SHARED
 
 # pycocotools 2.0.11 under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -246,6 +251,29 @@ def chosen_of(sample: Sample, seed: int) -> list[int]:
     return list(choose(np.arange(len(sample.annotations)), M, seed, 0, sample.image_id))
 
 
+@given(
+    st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 1500), st.floats(0.05, 20), st.floats(0.05, 20),
+    st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2**63 - 1),
+)  # fmt: skip
+def test_any_window(height: int, width: int, pixels: int, one: float, two: float, flip: float, image_id: int) -> None:
+    """Whatever is drawn: a window that meets the image, its picture in the square, black at the bottom and right."""
+    f = Augment(flip=flip, scale=(min(one, two), max(one, two))).frame(height, width, 1, 2, image_id)
+    y, x, h, w = f.visible
+    assert h > 0 and w > 0 and y + h <= height and x + w <= width
+    assert f.top == y and (f.left == x or (f.flip and f.left < 0 and x == 0))
+    rows, columns = f.size(pixels)
+    assert 1 <= rows <= pixels and 1 <= columns <= pixels
+    assert max(rows, columns) == pixels or f.side > max(h, w)
+    inside = np.array([[x, y], [x + w - 1, y], [x, y + h - 1], [x + w - 1, y + h - 1]], float)
+    assert f.inside(inside).all()
+    assert not f.inside(np.array([[x - 1.0, y], [x + f.side, y], [x, y - 1.0], [x, y + f.side]])).any() or f.flip
+    points = f.points(inside, pixels)
+    assert points.min() >= 0 and points.max() <= pixels
+    assert np.isclose(sorted(points[:, 0])[0], 0) and np.isclose(points[:, 1].min(), 0)  # nothing black above or left
+    box = f.boxes(np.array([[x, y, w - 1, h - 1]], float), pixels)[0]
+    assert np.allclose(box, [points[:, 0].min(), points[:, 1].min(), points[:, 0].max(), points[:, 1].max()])
+
+
 def test_golden_choice_and_window() -> None:
     """What a state resumes must be the same with the next release."""
     from sa1b_wds.choice import choose
@@ -305,6 +333,31 @@ def test_image_masks_boxes_and_points_lie_on_each_other(tmp_path: Path, name: st
             assert mask[int(py), int(px)] == 1
             checked += 1
     assert checked >= 4
+
+
+@pytest.mark.skipif(
+    not (SHARED / "real_json" / "sa_1.json").exists(), reason=f"no real images and documents at {SHARED}"
+)
+def test_a_real_image(tmp_path: Path) -> None:
+    """SA-1B's own sa_1: masks by pycocotools, the picture by PIL."""
+    jpg, document = ((SHARED / f"real_{kind}" / f"sa_1.{kind}").read_bytes() for kind in ("jpg", "json"))
+    members = [making.Member("./sa_1.jpg", jpg), making.Member("./sa_1.json", document)]
+    running.convert(running.write(tmp_path, {"sa_000000.tar": making.tar(members)}), tmp_path / "dest", shards=1)
+    ds = open(tmp_path / "dest")
+    batch = next(iter(ds.stream(batch_size=1, rank=0, world_size=1, threads=1)))
+    sample = ds["sa_1"]
+    a, n = sample.annotations, len(sample.annotations)
+    assert sample.json == document and batch["valid"][0].sum() == n > 0
+    assert np.array_equal(
+        batch["masks"][0, :n], sampled(seen(full_masks(sample), frame(a.height, a.width)), 256, False)
+    )
+    rows, columns = batch["size"][0].tolist()
+    assert max(rows, columns) == 1024 == batch["image"].shape[1]
+    with Image.open(io.BytesIO(jpg)) as picture:
+        truth = np.asarray(picture.convert("RGB").resize((columns, rows), Image.Resampling.BOX), np.float64)
+    error = np.mean((batch["image"][0, :rows, :columns] - truth) ** 2)
+    assert 10 * np.log10(255**2 / error) > 30
+    assert not batch["image"][0, rows:].any() and not batch["image"][0, :, columns:].any()
 
 
 def test_padding_repeats_are_flagged_and_equal(ds: Dataset) -> None:
