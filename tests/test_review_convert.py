@@ -5,18 +5,21 @@ import os
 import resource
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sa1b_wds import engines
 from sa1b_wds.cli import INDEX_VARIABLES, main, tasks_of
-from sa1b_wds.convert import Outcome, Progress, finalize, run_task
+from sa1b_wds.convert import Outcome, Progress, finalize, read_plan, run_task
 from sa1b_wds.errors import Sa1bError, StorageError, UsageError
 from sa1b_wds.plan import Source, make_plan
 from sa1b_wds.sample import Rejected
 from sa1b_wds.shard import Quarantine
+from sa1b_wds.status import Beat
 from sa1b_wds.storage import Destination, expand
 
 from . import making, running
@@ -362,3 +365,38 @@ def test_a_task_says_that_it_is_alive_before_it_has_a_sample(tmp_path: Path) -> 
     assert [p.samples for p in said[:2]] == [0, 0]
     assert said[1].bytes_read == 600
     assert said[-1].samples == 3
+
+
+def test_status_tells_done_running_stale_failed_and_missing_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources, out = tars(tmp_path / "in", *(f"sa_{i}.tar" for i in range(5))), tmp_path / "out"
+    assert call("plan", sources, "--out", out, "--mix", 1) == 0
+    plan = read_plan(Destination(str(out)))
+    assert call("convert", sources, "--out", out, "--task", 0) == 0
+    broken = sources / plan.sources[plan.tasks[1].sources[0]].name
+    broken.write_bytes(broken.read_bytes()[:-1024])
+    assert call("convert", sources, "--out", out, "--task", 1) == 1
+    beat = msgspec.json.decode((out / ".state" / "task-000001.json").read_bytes(), type=Beat)
+    for task, now in ((2, time.time()), (3, time.time() - 61)):
+        alive = msgspec.structs.replace(beat, task=task, error=None, now=now)
+        (out / ".state" / f"task-{task:06d}.json").write_bytes(msgspec.json.encode(alive))
+    capsys.readouterr()
+    assert call("status", out) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "1 done, 1 running, 1 stale, 1 failed, 1 missing"
+    assert said[1].startswith("task 1 failed: ")
+    assert f"{broken}: byte " in said[1]
+    assert said[-1] == "left: --array=1-4"
+    assert call("status", out, "--json") == 0
+    rows = msgspec.json.decode(capsys.readouterr().out)
+    assert [row["state"] for row in rows["tasks"]] == ["done", "failed", "running", "stale", "missing"]
+    assert rows["left"] == "1-4"
+
+
+def test_a_batch_log_has_a_line_a_shard_and_the_accounts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("convert", tars(tmp_path / "in", "sa_0.tar"), "--out", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert "sa1b-train-000000.tar: 3 samples, 6 masks, " in said.err
+    assert "task 0: 7 members in, 3 samples out, 0 quarantined, 1 ignored, " in said.err
+    assert said.out.endswith("3 images, 6 masks in 1 shards; largest/smallest 1.000; 0 members quarantined\n")
