@@ -4,6 +4,7 @@ ds = sa1b_wds.open("s3://bucket/sa1b", split="train[:1%]")
 ds[0].annotations.bbox, ds["sa_223750"].image, ds.take(4), ds.select(["sa_1", "sa_2"])
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,24 @@ import numpy as np
 from . import state as states
 from .annotations import Annotations, restore, unpack
 from .buffers import Pool
-from .errors import FormatError, Incomplete, NotFound, Sa1bError, SampleRejected, ShardDamaged, UsageError
+from .errors import (
+    Denied,
+    FormatError,
+    Incomplete,
+    NotFound,
+    Sa1bError,
+    SampleRejected,
+    ShardDamaged,
+    UsageError,
+    masked,
+)
 from .keys import KeyFile, KeyIndex, KeyTable
 from .layout import ShardIndex, check_offsets, image_id_of, scan
 from .manifest import KEYS_NAME, MANIFEST_NAME, PLAN_NAME, Manifest, load_manifest
 from .pipe import PREFIX
 from .ranged import open_ranged
 from .reader import Known, ReadCost, Shard, ShardPlace, Shards, SideFiles, length_of
+from .remote import is_remote, read
 from .selection import SPLIT, Selection, parse_split
 from .storage import Destination, expand, local_path
 
@@ -102,7 +114,7 @@ class Dataset:
         return _remake, (self.shards, self._names, self.selection, self.where, self.manifest, self._keys)
 
     def __repr__(self) -> str:
-        return f"Dataset({self.where!r}, {len(self):,} samples)"
+        return f"Dataset({masked(self.where)!r}, {len(self):,} samples)"
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -266,7 +278,7 @@ def _open_one(location: str) -> Dataset:
         return _open_manifest(folder)
     if folder.exists(PLAN_NAME):
         raise Incomplete(location, f"not finalized: run `sa1b-wds finalize {location}`", MANIFEST_NAME, "only a plan")
-    if not local_path(location).exists():
+    if not is_remote(location) and not local_path(location).exists():
         raise NotFound(location, "no such file or folder")
     return _open_shards(expand([location]), location)
 
@@ -318,17 +330,28 @@ def _open_shards(urls: Sequence[str], where: str) -> Dataset:
 def _plain_index(url: str) -> ShardIndex:
     """The index of a shard without a manifest: from Energon's file beside it, else from its headers."""
     if not url.startswith(PREFIX):
-        beside = local_path(url).with_name(local_path(url).name + ".idx")
-        if beside.is_file():
-            data = beside.read_bytes()
-            offsets = np.frombuffer(data[: len(data) // 8 * 8], "<i8").astype(np.int64)
-            check_offsets(offsets, str(beside))
+        beside = _beside(url)
+        if beside is not None:
+            offsets = np.frombuffer(beside[: len(beside) // 8 * 8], "<i8").astype(np.int64)
+            check_offsets(offsets, f"{url}.idx")
             return ShardIndex(offsets=offsets, image_id=None, crc32=None)
     file = open_ranged(url)
     try:
         return scan(file, url)
     finally:
         file.close()
+
+
+def _beside(url: str) -> bytes | None:
+    """Energon's index of a shard, if there is one."""
+    if is_remote(url):
+        if "?" in url:  # a signed link is good for one object
+            return None
+        with contextlib.suppress(NotFound, Denied):  # a store may deny what is not there
+            return read(f"{url}.idx")
+        return None
+    path = local_path(url).with_name(local_path(url).name + ".idx")
+    return path.read_bytes() if path.is_file() else None
 
 
 def _ids(shard: Shard) -> Any:

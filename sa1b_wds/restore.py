@@ -72,7 +72,7 @@ def restore(
     manifest = load_manifest(destination.read(MANIFEST_NAME), where)
     plan = read_plan(destination, manifest)
     folder = Destination(str(out))
-    if folder.root.resolve().is_relative_to(destination.root.resolve()):
+    if destination.holds(str(out)):
         raise UsageError(str(out), "lies in the data set: readers would take the tars for shards")
     done = [(task, shards) for i, task in enumerate(plan.tasks) if (shards := shards_of(manifest, plan, i)) is not None]
     for task, _ in done:
