@@ -1,6 +1,7 @@
 """Verify: one changed byte anywhere is found; where all digests were made right again, `deep` or `against` finds it."""
 
 import contextlib
+import hashlib
 import os
 import random
 import shutil
@@ -575,6 +576,160 @@ def _rewrite_sources(
         path.write_bytes(msgspec.structs.replace(receipt, sources=told).to_bytes())
     (dest / MANIFEST_NAME).write_bytes(msgspec.structs.replace(manifest, sources=sources).to_bytes())
     reseal(dest)
+
+
+# Each of these changes one thing and makes every digest right again that hangs on it.
+
+
+def change_manifest(dest: Path, **changes: Any) -> None:
+    manifest = load_manifest((dest / MANIFEST_NAME).read_bytes(), "")
+    (dest / MANIFEST_NAME).write_bytes(msgspec.structs.replace(manifest, **changes).to_bytes())
+
+
+def change_receipt(dest: Path, **changes: Any) -> None:
+    path = dest / receipt_name(0)
+    receipt = msgspec.json.decode(path.read_bytes(), type=Receipt)
+    path.write_bytes(msgspec.structs.replace(receipt, **changes).to_bytes())
+    reseal(dest)
+
+
+def change_row(dest: Path, column: str, value: int) -> None:
+    path = dest / "index/sa1b-train-000000.rows"
+    rows = np.frombuffer(path.read_bytes(), ROW).copy()
+    rows[3][column] = value
+    path.write_bytes(rows.tobytes())
+    reseal(dest, indexes=False)
+
+
+def other_totals(dest: Path) -> None:
+    sums = load_manifest((dest / MANIFEST_NAME).read_bytes(), "").totals
+    change_manifest(dest, totals=msgspec.structs.replace(sums, ignored=sums.ignored + 1))
+
+
+def a_file_more(dest: Path) -> None:
+    (dest / "zzz.txt").write_bytes(b"listed, with the right digest")
+    files = load_manifest((dest / MANIFEST_NAME).read_bytes(), "").files
+    change_manifest(dest, files=[*files, file_fact("zzz.txt", (dest / "zzz.txt").read_bytes())])
+
+
+def a_side_file_more(dest: Path) -> None:
+    (dest / "index/more.txt").write_bytes(b"x")
+    more = file_fact("index/more.txt", b"x")
+    reseal(dest, shards=lambda f: msgspec.structs.replace(f, files=[*f.files, more] if "0002" in f.name else f.files))
+
+
+def another_row_in_keys(dest: Path) -> None:
+    data = (dest / "index/keys.bin").read_bytes()
+    (dest / "index/keys.bin").write_bytes(data + np.array([(10**9, 0, 0)], KEY_ROW).tobytes())
+    reseal(dest)
+
+
+def other_plan_in_a_receipt(dest: Path) -> None:
+    change_receipt(dest, plan="0" * 64)
+
+
+def other_task_in_a_receipt(dest: Path) -> None:
+    change_receipt(dest, task=1)
+
+
+def other_sources_in_a_receipt(dest: Path) -> None:
+    receipt = msgspec.json.decode((dest / receipt_name(0)).read_bytes(), type=Receipt)
+    first = receipt.sources[0]
+    lie = msgspec.structs.replace(first, members=first.members + 1, quarantined=first.quarantined + 1)
+    change_receipt(dest, sources=[lie, *receipt.sources[1:]])
+
+
+def unbalanced(dest: Path) -> None:
+    manifest = load_manifest((dest / MANIFEST_NAME).read_bytes(), "")
+    fact = manifest.sources[0]
+    assert fact is not None
+    lie = msgspec.structs.replace(fact, members=fact.members + 1)
+    _rewrite_sources(dest, manifest, fact.name, lie, [lie, *manifest.sources[1:]])
+
+
+def a_task_missing(dest: Path) -> None:
+    change_manifest(dest, missing_tasks=[1])
+
+
+def no_such_task_missing(dest: Path) -> None:
+    change_manifest(dest, missing_tasks=[7])
+
+
+def manifest_in_other_spaces(dest: Path) -> None:
+    text = b" " + (dest / MANIFEST_NAME).read_bytes()
+    head, mark, tail = text.rpartition(b'"digest": "')
+    zeros = head + mark + b"0" * 64 + tail[64:]
+    (dest / MANIFEST_NAME).write_bytes(head + mark + hashlib.sha256(zeros).hexdigest().encode() + tail[64:])
+
+
+def receipt_in_other_spaces(dest: Path) -> None:
+    path = dest / receipt_name(1)
+    path.write_bytes(path.read_bytes() + b"\n")
+    files = load_manifest((dest / MANIFEST_NAME).read_bytes(), "").files
+    change_manifest(dest, files=[file_fact(f.name, (dest / f.name).read_bytes()) for f in files])
+
+
+def shards_swapped(dest: Path) -> None:
+    a, b, *rest = load_manifest((dest / MANIFEST_NAME).read_bytes(), "").shards
+    change_manifest(dest, shards=[b, a, *rest])
+
+
+@pytest.mark.parametrize(
+    ("lie", "what"),
+    [
+        (other_totals, "totals: ignored"),
+        (a_file_more, "names of its files"),
+        (a_side_file_more, "side files"),
+        (other_plan_in_a_receipt, f"{receipt_name(0)}: plan"),
+        (other_task_in_a_receipt, f"{receipt_name(0)}: task"),
+        (other_sources_in_a_receipt, "sources of the manifest"),
+        (unbalanced, "members = 2 · samples + quarantined + ignored"),
+        (a_task_missing, "shards that the plan has"),
+        (no_such_task_missing, "missing_tasks are not tasks of the plan"),
+        (manifest_in_other_spaces, "manifest.json: says the same in other bytes"),
+        (receipt_in_other_spaces, f"{receipt_name(1)}: says the same in other bytes"),
+        (shards_swapped, "shards that the plan has"),
+    ],
+)
+def test_facts_that_disagree_are_found_without_looking_deep(
+    copy: DataSet, lie: Callable[[Path], None], what: str
+) -> None:
+    lie(copy.dest)
+    found = said(copy.verify())
+    assert what in found
+    assert "SHA-256: " not in found
+    assert what in said(copy.verify(deep=True, against=True))
+
+
+@pytest.mark.parametrize(
+    ("lie", "what"),
+    [
+        (another_row_in_keys, "index/keys.bin: rows"),
+        (lambda dest: change_row(dest, "source", 99), "rows of a source that the task does not have"),
+        (lambda dest: change_row(dest, "source", _neighbour(dest)), "samples in the rows"),
+        (lambda dest: change_row(dest, "json_ordinal", 1000), "the number of a member"),
+        (lambda dest: change_row(dest, "json_ordinal", _taken(dest)), "members used once"),
+    ],
+    ids=["a key more", "a strange source", "another source", "no such member", "a member twice"],
+)
+def test_indexes_that_disagree_are_found_by_deep(copy: DataSet, lie: Callable[[Path], None], what: str) -> None:
+    lie(copy.dest)
+    assert copy.verify() == []
+    assert what in said(copy.verify(deep=True))
+
+
+def _neighbour(dest: Path) -> int:
+    """The number of another source of the first task."""
+    plan = load_plan((dest / "plan.json").read_bytes(), "")
+    row = np.frombuffer((dest / "index/sa1b-train-000000.rows").read_bytes(), ROW)[3]
+    return next(n for n in plan.tasks[0].sources if n != row["source"])
+
+
+def _taken(dest: Path) -> int:
+    """A member of the same source that another sample has."""
+    rows = np.frombuffer((dest / "index/sa1b-train-000000.rows").read_bytes(), ROW)
+    others = [row for i, row in enumerate(rows) if i != 3 and row["source"] == rows[3]["source"]]
+    return int(others[0]["json_ordinal"])
 
 
 # ------------------------------------------------------------------------------------------------- the form of a shard
