@@ -58,17 +58,18 @@ def wanted(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.fixture(scope="module")
-def other_numpy(request: pytest.FixtureRequest) -> Path:
+def other_numpy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with another numpy than the one installed, from the package index, kept in pytest's cache."""
     mine = tuple(map(int, version("numpy").split(".")[:2]))
     refused = []
     for wanted in ("1.26.4", "2.2.6", "2.3.5"):
         if mine == tuple(map(int, wanted.split(".")[:2])):
             continue
-        assert request.config.cache is not None
-        folder = Path(str(request.config.cache.mkdir(f"numpy-{wanted}-py{sys.version_info[0]}{sys.version_info[1]}")))
+        name = f"numpy-{wanted}-py{sys.version_info[0]}{sys.version_info[1]}"
+        cache = getattr(request.config, "cache", None)  # none with `-p no:cacheprovider`
+        folder = Path(str(cache.mkdir(name))) if cache is not None else tmp_path_factory.mktemp(name)
         if not (folder / "numpy" / "version.py").exists():
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:",
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--retries", "0", "--timeout", "20", "--no-deps", "--only-binary", ":all:",
                        "--target", str(folder), f"numpy=={wanted}"]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True, timeout=90)
             if done.returncode:
