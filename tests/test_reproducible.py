@@ -69,8 +69,9 @@ def other_numpy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         cache = getattr(request.config, "cache", None)  # none with `-p no:cacheprovider`
         folder = Path(str(cache.mkdir(name))) if cache is not None else tmp_path_factory.mktemp(name)
         if not (folder / "numpy" / "version.py").exists():
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--retries", "0", "--timeout", "20", "--no-deps", "--only-binary", ":all:",
-                       "--target", str(folder), f"numpy=={wanted}"]  # fmt: skip
+            patience = ["--quiet", "--retries", "0", "--timeout", "20"]
+            what = ["--no-deps", "--only-binary", ":all:", "--target", str(folder), f"numpy=={wanted}"]
+            command = [sys.executable, "-m", "pip", "install", *patience, *what]
             done = subprocess.run(command, capture_output=True, text=True, timeout=90)
             if done.returncode:
                 refused.append(f"{wanted}: {done.stderr.strip().splitlines()[-1:]}")
