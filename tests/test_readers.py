@@ -5,6 +5,7 @@ the form that its tool documents.
 """
 
 import ast
+import gzip
 import json
 import os
 import re
@@ -77,8 +78,6 @@ def test_the_truth_is_what_the_sources_hold(sets: dict[str, Path], work: Path) -
     for path in (work / "sources").glob("*.tar"):
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
-            import gzip
-
             data = gzip.decompress(data)
         source |= {name.rpartition("/")[2]: member for name, member in making.read_tar(data) if member}
     both = {kind: dict(matrix.members(dest)) for kind, dest in sets.items()}
