@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from .errors import Changed, NoCredentials, NotFound, StorageError, Unreachable, UsageError
+from .errors import Changed, NoCredentials, NotFound, Sa1bError, StorageError, Unreachable, UsageError
 from .transfer import HOW_TO_SIGN_IN, Limits, Passing, Stat, refusal
 
 if TYPE_CHECKING:
@@ -45,9 +45,23 @@ def split(url: str) -> tuple[str, str, str]:
 
 def store(scheme: str, bucket: str, limits: Limits, *, writing: bool = False) -> "ObjectStore":
     """A bucket, as this process's environment says; the same one for the same environment."""
+    if has_forked():
+        raise UsageError(
+            f"{scheme}://{bucket}",
+            "cannot be reached from a forked process: start processes by forkserver or spawn "
+            "(DataLoader(…, multiprocessing_context='forkserver'))",
+        )
     about = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(_VARIABLES)))
     return _store(scheme, bucket, limits, writing, about, os.getpid())
 
+
+def has_forked() -> bool:
+    """Whether this is the copy of a process that had used obstore, whose threads are not here: it would only wait."""
+    return bool(_STARTED) and os.getpid() not in _STARTED
+
+
+_STARTED: set[int] = set()
+"""The process that uses obstore, if one does."""
 
 _VARIABLES = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "AZURE_")
 
@@ -56,6 +70,7 @@ _VARIABLES = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "AZURE_")
 def _store(scheme: str, bucket: str, limits: Limits, writing: bool, about: object, process: int) -> "ObjectStore":
     from obstore import store as stores
 
+    _STARTED.add(process)
     stall = timedelta(seconds=limits.stall)
     client: dict[str, Any] = {"connect_timeout": stall, "read_timeout": stall}
     client["timeout"] = 10 * stall if writing else timedelta(days=1)  # a part, or a whole object
@@ -142,6 +157,8 @@ def _boto3(profile: str) -> Any:
 
 def _meaning(error: Exception, where: str) -> Exception:
     """What an error of obstore's means. They carry the answer as text; the HTTP status in it is what counts."""
+    if isinstance(error, Sa1bError):
+        return error
     text = str(error)
     first = text.partition("\n\nDebug source")[0]
     if any(address in first for address in _METADATA):
@@ -157,8 +174,6 @@ def _meaning(error: Exception, where: str) -> Exception:
         return NoCredentials(where, f"no credentials found: {HOW_TO_SIGN_IN}", None, words)
     if "HTTP error" in first or "request or response body" in first or "error sending request" in first:
         return Passing(words)
-    if "fork" in first.lower():
-        return UsageError(where, "object stores do not survive a fork: start processes by spawn or forkserver")
     return StorageError(where, words)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from . import clouds
+from . import clouds, signing
 from .errors import Sa1bError, StorageError
 from .transfer import Limits, Object, Passing, Pauses
 
@@ -28,6 +28,13 @@ def open_object(url: str) -> Object:
         from .web import Web
 
         return Object(url, Web(url, limits), limits)
+    scheme, bucket, key = clouds.split(url)
+    if clouds.has_forked() and scheme == "s3" and clouds.keys() is not None:
+        # A worker of torch's DataLoader, say. What reads for it has no threads that a fork would lose.
+        from .web import Web
+
+        here, _ = signing.signed("GET", bucket, key)
+        return Object(url, Web(here, limits, where=url, sign=lambda m: signing.signed(m, bucket, key)[1]), limits)
     return Object(url, clouds.Cloud(url, limits), limits)
 
 

@@ -10,7 +10,7 @@ import http.client
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
@@ -27,11 +27,24 @@ _PIECE = 1 << 18
 
 
 class Web:
-    """The transport of one http(s):// URL."""
+    """The transport of one http(s):// URL.
 
-    def __init__(self, url: str, limits: Limits) -> None:
+    Args:
+        where: what messages call it.
+        sign: headers that let a request of this method through.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        limits: Limits,
+        *,
+        where: str | None = None,
+        sign: Callable[[str], dict[str, str]] = lambda method: {},
+    ) -> None:
         parts = urlsplit(url)
-        self.where = masked(url)
+        self.where = masked(where or url)
+        self._sign = sign
         self._signed = bool(parts.query)
         host = parts.netloc.rpartition("@")[2]
         path = quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
@@ -101,7 +114,8 @@ class Web:
             raise Changed(self.where, "another range than the one asked for: run again", expected, said)
 
     def _ask(self, method: str, extra: dict[str, str] | None = None, *, empty_is_fine: bool = False) -> "HTTPResponse":
-        request = urllib.request.Request(self._url, headers=self._headers | (extra or {}), method=method)
+        headers = self._headers | (extra or {}) | self._sign(method)
+        request = urllib.request.Request(self._url, headers=headers, method=method)
         try:
             return self._opener.open(request, timeout=self._timeout)  # type: ignore[no-any-return]
         except urllib.error.HTTPError as error:

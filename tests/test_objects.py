@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sa1b_wds import cli, objects, storage, uploads
+from sa1b_wds import cli, objects, signing, storage, uploads
 from sa1b_wds.convert import missing_tasks, read_plan
 from sa1b_wds.errors import Denied, StorageError, Unreachable, UsageError
 from sa1b_wds.objects import Bucket, ObjectAttempt
@@ -281,7 +281,7 @@ with Bucket({place!r}).attempt("task-000000") as attempt:
 
 def test_signatures_are_amazons() -> None:
     """The example "GET Bucket Lifecycle" of Amazon's documentation of Signature 4."""
-    headers = uploads.signature(
+    headers = signing.signature(
         method="GET",
         host="examplebucket.s3.amazonaws.com",
         path="/",

@@ -2,6 +2,8 @@
 
 import pickle
 import random
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -416,3 +418,25 @@ def test_commands(tmp_path: Path) -> None:
         read_all(f"pipe:cat {tmp_path}/sa_000001.tar; exit 3")
     with pytest.raises(UsageError, match="not a kind of URL"):
         open_raw("ftp://h/x.tar")
+
+
+def test_after_a_fork(bucket: FaultProxy) -> None:
+    """The library's threads are lost in a fork, and it would wait for them for ever."""
+    code = f"""
+import os, signal
+from sa1b_wds.objects import Bucket
+from sa1b_wds.remote import read
+from sa1b_wds.errors import UsageError
+whole = read({S3_URL!r})
+if (pid := os.fork()) == 0:
+    signal.alarm(20)
+    assert read({S3_URL!r}) == whole
+    try:
+        Bucket("s3://{servers.BUCKET}/in").put("y", b"1")
+    except UsageError as error:
+        assert "forkserver" in str(error)
+        os._exit(7)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -201,3 +201,32 @@ def test_restore_and_stats_from_s3(local: Path, proxy: FaultProxy, tmp_path: Pat
     for name in names:
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     assert cli.main(["stats", PLACE]) == 0
+
+
+@pytest.fixture
+def aws(proxy: FaultProxy) -> str:
+    """The AWS CLI, as a command."""
+    program = Path(sys.executable).parent / "aws"
+    if not program.exists():
+        pytest.skip("##### NO AWS CLI: pip install awscli (part of the `test` extra) #####")
+    return shlex.quote(str(program))
+
+
+def test_the_aws_cli(aws: str, local: Path, tmp_path: Path) -> None:
+    """`pipe:aws s3 cp s3://… -`: as a source, as shards, and in a plain webdataset pipeline."""
+    url = f"pipe:{aws} s3 cp --quiet {PLACE}/sa1b-train-{{000000..000001}}.tar -"
+    ds = sa1b_wds.open(url)
+    here = sa1b_wds.open(f"{local}/sa1b-train-{{000000..000001}}.tar")
+    assert datasets_keys(ds) == datasets_keys(here)
+    with pytest.raises(StorageError, match="the command failed"):
+        sa1b_wds.open(f"pipe:{aws} s3 cp --quiet {PLACE}/none.tar -")
+    tar = sorted((local.parent / "sources").glob("*.tar"))[0]
+    Bucket(f"{PLACE}-in").put("sa_000000.tar", tar.read_bytes())
+    source = f"pipe:{aws} s3 cp --quiet {PLACE}-in/sa_000000.tar -"
+    size = str(tar.stat().st_size)
+    assert cli.main(["convert", source, "--out", str(tmp_path / "out"), "--assume-size", size, "--workers", "1"]) == 0
+    assert cli.main(["verify", str(tmp_path / "out"), "--against", str(tar)]) == 0
+
+
+def datasets_keys(ds: sa1b_wds.Dataset) -> list[str]:
+    return [sample.key for sample in ds]
