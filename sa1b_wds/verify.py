@@ -156,7 +156,6 @@ def _begin(tally: _SharedTally) -> None:
     """A worker process begins."""
     global _tally
     _tally = tally
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and stops the tally
 
 
 def _in_process(job: _Job) -> Found:
@@ -187,7 +186,12 @@ def _run(jobs: list[_Job], workers: int, report: Report, total: int, *, processe
         pool = ThreadPoolExecutor(workers, thread_name_prefix="verify")
     try:
         if processes:
-            futures = [pool.submit(_in_process, job) for job in jobs]
+            # Ctrl-C reaches every process of a terminal; these inherit that they do not see it, and end by the tally.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                futures = [pool.submit(_in_process, job) for job in jobs]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         else:
             futures = [pool.submit(job.function, tally.add, *job.arguments) for job in jobs]
         pending: set[Future[Found]] = set(futures)
