@@ -4,7 +4,7 @@
     receipts → manifest                                                             (`finalize`)
 
 A task runs as a pipeline of threads with bounded queues between them: one reads and inflates each source, one pairs,
-packs and deals, and the caller's own hashes and writes. All of their heavy work drops the GIL. Whatever runs ahead is
+packs and deals, two hash and write. All of their heavy work drops the GIL. Whatever runs ahead is
 put back in order, so the bytes written never depend on timing.
 """
 
@@ -38,6 +38,7 @@ from .errors import (
     UsageError,
 )
 from .format import FORMAT
+from .lanes import Lanes
 from .manifest import (
     KEYS_NAME,
     MANIFEST_NAME,
@@ -76,6 +77,7 @@ KEY_ROW = np.dtype([("image_id", "<i8"), ("shard", "<u4"), ("index", "<u4")])
 
 MIB = 1 << 20
 _QUARANTINE = ("members", "jsonl")
+_WRITERS = 2  # threads of a task that hash and write
 _ASKERS = 16  # servers asked for sizes at once: a thousand in a row would take minutes
 
 
@@ -259,15 +261,19 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
             idle=tell,  # with all jpgs before all jsons there is no sample before most is read
         )
         stack.callback(dealt.close)
-        for shard_number, sample in dealt:
-            shards[shard_number].add(sample)
-            written += 1
-            if (now := time.monotonic()) - said > 0.2:
-                said = now
-                tell()
+        # In random order most pairs meet late: then hashing and writing are all there is to do, so two threads do it.
+        with Lanes[Sample](lambda number, sample: shards[number].add(sample), _WRITERS, name="write") as writers:
+            for number, sample in dealt:
+                writers.put(number, sample)
+                written += 1
+                if (now := time.monotonic()) - said > 0.2:
+                    said = now
+                    tell()
+            writers.finish()
         accounts = [reader.account for reader in readers]
         _check(index, plan, task, accounts, quarantine, written, options)
-        facts = [shard.finish() for shard in shards]
+        with ThreadPoolExecutor(_WRITERS, "sync") as syncers:
+            facts = list(syncers.map(ShardWriter.finish, shards))
         receipt = Receipt(
             format=RECEIPT_FORMAT,
             plan=plan.digest,
