@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from . import clouds, signing
-from .errors import StorageError
+from .remote import insisting
 from .transfer import Passing, refusal
 
 
@@ -62,6 +62,10 @@ def abort(url: str, upload: Upload) -> None:
 
 
 def _call(method: str, where: str, bucket: str, key: str, query: Mapping[str, str]) -> bytes:
+    return insisting(where, lambda limits: _ask(method, where, bucket, key, query))
+
+
+def _ask(method: str, where: str, bucket: str, key: str, query: Mapping[str, str]) -> bytes:
     url, headers = signing.signed(method, bucket, key, query)
     request = urllib.request.Request(url, headers=headers, method=method)
     try:
@@ -73,7 +77,7 @@ def _call(method: str, where: str, bucket: str, key: str, query: Mapping[str, st
                 body = error.read(4096).decode("utf-8", "replace")
             except (OSError, http.client.HTTPException):
                 body = ""
-            meaning = refusal(where, error.code, body)
+            meaning: Exception = refusal(where, error.code, body)
     except (OSError, http.client.HTTPException) as error:
         meaning = Passing(str(error))
-    raise StorageError(where, f"unfinished uploads: {meaning}") if isinstance(meaning, Passing) else meaning
+    raise meaning

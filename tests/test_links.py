@@ -1,5 +1,6 @@
 """The links file as a source: what is taken of it, links that expire half-way, and commands as sources."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import pytest
 from sa1b_wds import cli
 from sa1b_wds.errors import FormatError, NotFound, Sa1bError, UsageError
 from sa1b_wds.links import read_links
+from sa1b_wds.objects import Bucket
+from sa1b_wds.uploads import pending
 
-from . import datasets, making, running
+from . import datasets, making, running, servers
 from .fault_proxy import Fault, FaultProxy
 
 SECRET = "oh=HUSHHUSH"
@@ -132,3 +135,30 @@ def test_commands_as_sources(tars: dict[str, bytes], tmp_path: Path, capfd: pyte
         f"sa_{10 * n + i}" for n in range(3) for i in range(1, 9)
     )
     assert cli.main(["verify", dest, "--deep", "--against", url]) == 0
+
+
+def test_from_links_that_expire_into_a_bucket(
+    tars: dict[str, bytes], s3: servers.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tar and no shard ever lies on the disk; the links expire half-way, and both networks break now and then."""
+    place = f"s3://{servers.BUCKET}/from-links"
+    here = tmp_path / "here"
+    running.write(here, tars)
+    assert cli.main(["convert", str(here), "--out", str(tmp_path / "local"), "--mix", "1", "--workers", "1"]) == 0
+    with FaultProxy({f"/cdn/{name}": data for name, data in tars.items()}) as web, FaultProxy(s3.address) as store:
+        for name, value in {**s3.environment(store.url), "SA1B_WDS_FIRST_WAIT": "0.01"}.items():
+            monkeypatch.setenv(name, value)
+        store.faults.append(Fault(status=503, every=9, times=999))
+        web.faults += [
+            Fault(status=403, times=999, when=lambda r: "token=old" in r.path and r.is_read, skip=2),
+            Fault(cut=20_000, every=2, times=99, when=lambda r: r.is_read),
+        ]
+        command = ["convert", "--out", place, "--mix", "1", "--workers", "1", "--links"]
+        assert cli.main([*command, str(links_file(tmp_path / "old.txt", web, list(tars), "old"))]) == 1
+        done = [name for name in Bucket(place).names() if name.startswith("receipts/")]
+        assert 0 < len(done) < 3
+        assert cli.main([*command, str(links_file(tmp_path / "new.txt", web, list(tars), "new"))]) == 0
+        store.faults.clear()
+        assert pending(place) == []
+        there = {name: hashlib.sha256(Bucket(place).read(name)).hexdigest() for name in Bucket(place).names()}
+    assert there == {name: value for name, value in running.tree(tmp_path / "local").items() if value != "folder"}
