@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from . import sidecars
 from .differences import Found
-from .errors import DataError, StorageError
+from .errors import DataError, NotFound, StorageError
 from .manifest import (
     KEYS_NAME,
     MANIFEST_NAME,
@@ -39,6 +39,9 @@ def read_manifest(destination: Destination, found: Found) -> Manifest | None:
     try:
         data = destination.read(MANIFEST_NAME)
         manifest = load_manifest(data, where)
+    except NotFound:
+        found.add(where, "no manifest there: not a data set, or one that `sa1b-wds finalize` has not made yet")
+        return None
     except (DataError, StorageError) as error:
         found.error(error)
         return None

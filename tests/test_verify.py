@@ -493,7 +493,7 @@ def test_an_index_that_lies_is_found_by_deep(copy: DataSet, name: str) -> None:
     path = copy.dest / name
     sound = path.read_bytes()
     draw = random.Random(name)
-    for _ in range(40):
+    for _ in range(15):
         with opened(path) as data:
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         reseal(copy.dest, indexes=False)
