@@ -177,6 +177,26 @@ def test_bare_goes_on_after_a_break(ds: Dataset) -> None:
     assert got == whole
 
 
+def test_an_old_iterator_does_not_end_a_new_one(ds: Dataset) -> None:
+    whole, made = keys(stream(ds)), stream(ds)
+    old = iter(made)
+    assert next(old)["key"] == whole[0]
+    state = made.state_dict()
+    made.load_state_dict(state)
+    new = iter(made)
+    got = [next(new)["key"]]
+    del old
+    assert got + keys(new) == whole[1:]
+
+
+def test_from_bare_to_workers(ds: Dataset) -> None:
+    made = stream(ds, drop_last=False)
+    it = iter(made)
+    had = real(next(it) for _ in range(3))
+    assert sorted(had + real(loader(made, 2))) == sorted(datasets.keys(ds))
+    assert made.epoch == 1
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_state_before_every_batch(ds: Dataset, workers: int) -> None:
     """grain's check: one worker and none have the bare order, and each other's states."""

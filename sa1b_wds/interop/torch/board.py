@@ -59,7 +59,7 @@ class Board:
     def epoch(self) -> int:
         """The epoch of the next iteration."""
         words = self._words
-        slots = words[_SLOTS :][: words[_SLOTS] % (_MOST + 1)]
+        slots = words[_SLOTS:][: words[_SLOTS] % (_MOST + 1)]
         over = 0
         if len(slots) and np.all(slots % (_MOST + 1) == len(slots)):  # else some are of an iteration before
             over = int(slots.min()) // (_MOST + 1)

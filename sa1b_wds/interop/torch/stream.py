@@ -24,15 +24,17 @@ WORKER_FORMAT = "sa1b-wds-worker/1"
 class TorchStream(IterableDataset[dict[str, Any]]):
     """Batches of a stream as tensors; iterate over it once an epoch.
 
-    Batches are those of `tensors`. Under a loader they must not be batched again: `DataLoader(stream, batch_size=None,
-    num_workers=P)`. An epoch that ends goes to the next one, in every worker, whether they are kept or made anew.
+    Batches are those of `tensors`. Under a loader they must not be batched again, nor taken out of order:
+    `DataLoader(stream, batch_size=None, num_workers=P)`. An epoch that ends goes to the next one, in every worker,
+    whether workers are kept or made anew.
 
     A loader with workers takes batches ahead and does not say which of them the loop got. So with workers
 
     - `state_dict(after=batch)` is exact, and `state_dict()` is refused;
     - what begins after a `break` begins where the last iteration began; to go on after the last batch instead,
       `stream.load_state_dict(stream.state_dict(after=batch))`;
-    - an error arrives as a RuntimeError that holds its whole text.
+    - an error arrives as a RuntimeError that holds its whole text;
+    - object stores want `multiprocessing_context="spawn"`: their client's threads do not survive a fork.
 
     Args:
         stream: what to iterate over; do not iterate over it by itself as well. Workers of a loader share its threads
@@ -72,7 +74,7 @@ class TorchStream(IterableDataset[dict[str, Any]]):
     def _moved(self) -> Stream:
         """The stream, moved to the epoch that workers have come to."""
         if self._board.workers:
-            self.stream.set_epoch(max(self._board.epoch, self.stream.epoch))
+            self.stream.set_epoch(self._board.epoch)
         return self.stream
 
     # -- state
@@ -125,12 +127,10 @@ class TorchStream(IterableDataset[dict[str, Any]]):
     def _bare(self) -> Iterator[dict[str, Any]]:
         if self._pin or (self._pin is None and torch.cuda.is_available()):
             self.stream.memory = page_locked()
-        try:
-            for batch in self.stream:
-                yield tensors(batch)
-        finally:
-            self.stream.close()
+        for batch in self.stream:  # whose threads end when this iterator is let go of
             self._board.set(self.stream.state_dict())
+            yield tensors(batch)
+        self._board.set(self.stream.state_dict())
 
     def _begin(self, worker: int, workers: int) -> Iterator[dict[str, Any]]:
         """At once, not at the first `next`: a loader may ask for the state in between, or drop the iterator."""

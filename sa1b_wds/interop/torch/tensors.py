@@ -34,7 +34,13 @@ def page_locked() -> Memory:
 
 def shared() -> Memory:
     """Memory that goes to another process as a file descriptor."""
-    return Memory(keep=0, allocate=lambda size: _array(torch.empty(size, dtype=torch.uint8).share_memory_()))
+
+    def allocate(size: int) -> U8:
+        # Not share_memory_(), which would copy fresh memory to shared memory; torch's own collate does the same.
+        storage = torch.UntypedStorage._new_shared(size, device="cpu")
+        return _array(torch.empty(0, dtype=torch.uint8).set_(storage))
+
+    return Memory(keep=0, allocate=allocate)
 
 
 def _array(tensor: torch.Tensor) -> U8:
