@@ -23,6 +23,8 @@ from pathlib import Path
 
 import pytest
 
+from sa1b_wds.objects import Bucket
+
 KEYS = ("sa1btest", "sa1btestsecret")
 READER = ("sa1breader", "sa1breadersecret")
 BUCKET = "sa1b"
@@ -106,7 +108,12 @@ def s3_server(folder: Path) -> Iterator[Server]:
     try:
         _wait_for(f"http://127.0.0.1:{port}/healthz", process, folder / "weed.log")
         _wait_for(f"http://127.0.0.1:{filer}/.ready/probe", process, folder / "weed.log", write=True)
-        yield Server(address=f"127.0.0.1:{port}", pid=process.pid)
+        server = Server(address=f"127.0.0.1:{port}", pid=process.pid)
+        with pytest.MonkeyPatch.context() as patch:  # the first object makes the bucket
+            for name, value in server.environment().items():
+                patch.setenv(name, value)
+            Bucket(f"s3://{BUCKET}").put("ready", b"")
+        yield server
     finally:
         _end(process)
 
