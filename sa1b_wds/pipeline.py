@@ -89,6 +89,7 @@ class Pipeline:
         self._closing = False
         self._failure: BaseException | None = None
         self._held = 0  # bytes read or being read, and not yet decoded
+        self._need = 0.0  # bytes of the next read
         self._found: dict[Id, Found] = {}
         self._waiting: dict[Id, tuple[int, int]] = {}  # samples of open batches that are not there yet
         self._ready: list[tuple[int, int, Id]] = []  # a heap of (batch, slot, sample)
@@ -224,7 +225,8 @@ class Pipeline:
                 self._can_fetch.wait()  # the first batch has the machine for itself
                 continue
             most = min(most, self._most)
-            if self._held + most * float(self._mean[shard]) <= self._limits.read_ahead:
+            self._need = most * float(self._mean[shard])
+            if self._held + self._need <= self._limits.read_ahead:
                 n = most
             elif due <= self._next_due():
                 n = 1
@@ -331,7 +333,8 @@ class Pipeline:
                     assembly.errors[slot] = error
                 assembly.left -= 1
                 last = not assembly.left
-                self._can_fetch.notify_all()
+                if self._held + self._need <= self._limits.read_ahead:  # else waking up would be in vain
+                    self._can_fetch.notify()
             if last:
                 assembly.finish(self._epoch)
                 with self._lock:
