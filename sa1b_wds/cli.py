@@ -505,7 +505,7 @@ def verify(
     for difference in found:
         _say(str(difference))
     if found:
-        raise Different(destination.where, f"{len(found):,} differences")
+        raise Different(destination.where, f"{len(found):,} difference{'s' * (len(found) != 1)}")
     _say(f"{destination.where}: no difference")
 
 

@@ -25,6 +25,7 @@ from .ahead import Ahead
 from .annotations import Packer
 from .buffers import Pool
 from .errors import (
+    DataError,
     DuplicateKey,
     FormatError,
     Incomplete,
@@ -358,14 +359,16 @@ def _check(
     index: int, plan: Plan, task: Task, accounts: list[Account], quarantine: Quarantine, samples: int, options: Options
 ) -> None:
     for account in accounts:
-        assert account.balances(), f"{account}: members were lost"
+        if not account.balances():  # a fault of this program, never of the data; must not pass under `python -O` either
+            raise DataError(account.name, "members were lost", account.members, str(account))
     names = ", ".join(plan.sources[n].name for n in task.sources)
     members = sum(account.members for account in accounts)
     if quarantine.members > options.max_quarantine * members:
         raise TooManyQuarantined(
             f"task {index} ({names})",
             f"{quarantine.members:,} of {members:,} members are no good, "
-            f"more than --max-quarantine {options.max_quarantine:g} allows; the first: {quarantine.first_reason}",
+            f"more than --max-quarantine {options.max_quarantine:g} allows; the first: {quarantine.first_reason}. "
+            "To keep the others, and all of these with their reasons in quarantine/, give a larger one (up to 1)",
         )
     if samples < task.shards:
         # The shard size may move by a tenth, and K is rounded: with this one, K stays below the number of samples.
