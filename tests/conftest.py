@@ -27,6 +27,7 @@ FOREIGN = (
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 for name in [name for name in os.environ if name.startswith(FOREIGN) or name in RANKS]:
     del os.environ[name]
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # where the tests' own servers are
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -84,6 +84,7 @@ def test_the_same_surface() -> None:
     assert type(Destination("/tmp/x")) is Destination
 
 
+@pytest.mark.slow
 def test_the_same_data_set(sources: Path, expected: dict[str, str], place: str, proxy: FaultProxy) -> None:
     assert convert(sources, place) == 0
     assert tree(place) == expected
@@ -200,6 +201,7 @@ def test_who_is_dead() -> None:
     assert not objects._is_dead(b"[", 5)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again(
     sources: Path, expected: dict[str, str], place: str, proxy: FaultProxy
 ) -> None:
