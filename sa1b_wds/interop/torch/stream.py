@@ -31,10 +31,10 @@ class TorchStream(IterableDataset[dict[str, Any]]):
     A loader with workers takes batches ahead and does not say which of them the loop got. So with workers
 
     - `state_dict(after=batch)` is exact, and `state_dict()` is refused;
-    - what begins after a `break` begins where the last iteration began; to go on after the last batch instead,
-      `stream.load_state_dict(stream.state_dict(after=batch))`;
+    - what begins after a `break` begins where the last iteration began, or with the next epoch if the workers had made
+      all of this one; to go on after the last batch instead, `stream.load_state_dict(stream.state_dict(after=batch))`;
     - an error arrives as a RuntimeError that holds its whole text;
-    - object stores want `multiprocessing_context="spawn"`: their client's threads do not survive a fork.
+    - a forked worker cannot read from every object store, and says so: `multiprocessing_context="forkserver"`.
 
     Args:
         stream: what to iterate over; do not iterate over it by itself as well. Workers of a loader share its threads
