@@ -15,7 +15,7 @@ class Lanes(Generic[T]):
     manager: its threads end with it, whatever waits in the lanes is dropped.
     """
 
-    def __init__(self, work: Callable[[int, T], None], threads: int, *, name: str, depth: int = 12) -> None:
+    def __init__(self, work: Callable[[int, T], None], threads: int, *, name: str, depth: int = 8) -> None:
         self._work, self._depth = work, depth
         self._error: BaseException | None = None
         self._closed = self._finished = False

@@ -47,7 +47,7 @@ class Table:
 
     def __init__(self, pool: Pool, budget: int, scratch: Scratch) -> None:
         self.pool, self.scratch = pool, scratch
-        self._budget = budget
+        self._budget = budget - budget // 4  # the rest is for what is read back, and for buffers that fit nobody
 
     def hold(self, data: Buffer) -> Held:
         held = Held(self, data)

@@ -141,7 +141,9 @@ class SourceReader:
         packer: Packer,
         reject: Callable[[Rejected], None],
         on_damage: OnDamage,
+        ahead: int = 24 << 20,
     ) -> None:
+        """`ahead`: bytes that may be read before they are asked for."""
         self.account = Account(name=name)
         self._number, self._table, self._packer, self._reject = number, table, packer, reject
         self._skipped: list[tar.Skipped] = []
@@ -149,6 +151,7 @@ class SourceReader:
         self._ahead = Ahead(
             _members(raw, where, self._pool, on_damage, self._skipped),
             name=f"read {name}",
+            budget=ahead,
             weigh=lambda m: m.buffer.room if m.buffer else 0,
             discard=self._discard,
         )

@@ -58,15 +58,17 @@ def test_the_last_error_is_raised_by_finish() -> None:
 
 def test_leaving_early_drops_what_waits() -> None:
     done: list[int] = []
-    hold = threading.Event()
+    begun, hold = threading.Event(), threading.Event()
 
     def work(number: int, item: int) -> None:
+        begun.set()
         hold.wait(5)
         done.append(item)
 
     with pytest.raises(KeyError), Lanes(work, 1, name="lane-test", depth=8) as lanes:
         for item in range(5):
             lanes.put(0, item)
+        assert begun.wait(5)
         threading.Timer(0.05, hold.set).start()
         raise KeyError
     assert done == [0]
