@@ -83,10 +83,17 @@ def test_ranges_and_places_are_one_form(counts: list[int], data: st.DataObject) 
     a, b = sorted(data.draw(st.tuples(st.integers(0, len(chosen)), st.integers(0, len(chosen)))))
     part = selection.part(a, b)
     assert [part.at(i) for i in range(len(part))] == chosen[a:b]
+    assert len(part.shard) == len({shard for shard, _ in chosen[a:b]})  # no part without a sample
     # What an order asks: many samples of many parts at once.
     p = np.repeat(np.arange(len(selection.shard)), selection.count)
     i = np.concatenate([np.arange(n) for n in selection.count]) if len(p) else p
     assert list(zip(*(x.tolist() for x in selection.places(p, i)), strict=True)) == chosen
+
+
+def test_an_empty_part_in_the_middle_of_a_list() -> None:
+    for selection in (Selection.of_places([0, 0], [0, 2]), Selection.of_ranges([3], [(0, 3)])):
+        part = selection.part(1, 1)
+        assert len(part) == 0 == len(part.shard)
 
 
 def test_the_whole_and_the_sum_of_its_parts_are_the_same() -> None:
