@@ -181,8 +181,8 @@ class Selection:
         """The samples from the a-th to before the b-th."""
         starts = np.cumsum(self.count) - self.count
         parts: dict[int, tuple[int, int] | list[I64]] = {}
-        touched = np.flatnonzero((starts < b) & (starts + self.count > a)) if a < b else []
-        for p in map(int, touched):
+        touched = (starts < b) & (starts + self.count > a) & (a < b)
+        for p in np.flatnonzero(touched).tolist():
             low, high = max(a - int(starts[p]), 0), min(b - int(starts[p]), int(self.count[p]))
             begin = int(self.first[p])
             parts[int(self.shard[p])] = [self.lists[p][low:high]] if p in self.lists else (begin + low, begin + high)
