@@ -78,7 +78,7 @@ KEY_ROW = np.dtype([("image_id", "<i8"), ("shard", "<u4"), ("index", "<u4")])
 
 MIB = 1 << 20
 _QUARANTINE = ("members", "jsonl")
-_READ_AHEAD = 24 * MIB  # of all sources of a task: in memory beside what waits for its partner
+_READ_AHEAD = 64 * MIB  # of all sources of a task: in memory beside what waits for its partner
 _WRITERS = 2  # threads of a task that hash and write
 _ASKERS = 16  # servers asked for sizes at once: a thousand in a row would take minutes
 
