@@ -590,9 +590,14 @@ def _started(slow: tuple[Path, list[object], Tree], dest: Path) -> "subprocess.P
     """A conversion by two workers, both of them at work."""
     folder, options, _ = slow
     command = _command("convert", folder, "--out", dest, *options)
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and what they start would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     _until(lambda: len(list((dest / ".state/attempts").glob("*/sa1b-train-*"))) == 2, "no worker has begun")
     return process
 
