@@ -51,8 +51,8 @@ def middle(data: bytearray, at: int) -> int:
     return at + 512 + -(-int(data[at + 124 : at + 135], 8) // 512) * 512
 
 
-# Damage that other readers take for an end, done to a shard of 10. Each gives the new bytes, the byte that the error must
-# name where that is one byte, and how many samples are lost.
+# Damage that other readers take for an end, done to a shard of 10. Each gives the new bytes, the byte that the error
+# must name where that is one byte, and how many samples are lost.
 def header_overwritten(data: bytearray, at: list[int]) -> tuple[int, int]:
     data[at[4] : at[4] + 512] = b"\xff" * 512
     return at[4], 1
