@@ -539,7 +539,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object], 
     folder = tmp_path_factory.mktemp("slow")
     for i in range(2):
         before, behind = making.pairs([10 * i, 10 * i + 1]), making.pairs([10 * i + 2])
-        hole = 3 << 30
+        hole = 7 << 30  # two workers that start one after the other are still both at work for a while
         block = making.rewritten(making.header(Member("hole.bin")), {124: b"%011o\0" % hole})
         path = folder / f"sa_00000{i}.tar"
         with path.open("wb") as file:
