@@ -11,9 +11,8 @@ import numpy.typing as npt
 from . import tar
 from .differences import Found, Tell
 from .errors import DataError, FormatError, StorageError
+from .format import KEY_ROW, ROW
 from .inflate import open_bytes
-from .keys import KEY_ROW
-from .layout import ROW
 from .manifest import KEYS_NAME, FileFact, ShardFact, SourceFact, quarantine_stem
 from .plan import Task
 from .restore import side_files

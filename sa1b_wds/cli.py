@@ -261,7 +261,8 @@ def convert(
         Share of a task's members that may be unusable (0.001).
     """
     from . import engines
-    from .convert import Job, Options, finalize, locate, missing_tasks, read_plan, write_plan
+    from .convert import Job, Options, locate, missing_tasks, read_plan, write_plan
+    from .publication import finalize
     from .storage import Destination
 
     planning = {"shard_size": shard_size, "mix": mix, "seed": seed}
@@ -453,7 +454,7 @@ def finalize_(dest: str | None = None, /, *, partial: bool | None = None, config
     partial
         Publish without the tasks that are missing; the manifest lists them.
     """
-    from .convert import finalize
+    from .publication import finalize
     from .storage import Destination
 
     o = options.load(config, options.Finalize, dest=dest, partial=partial)

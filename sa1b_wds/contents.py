@@ -12,7 +12,8 @@ from . import images, tar
 from .annotations import Packer
 from .differences import Found, Tell, first_difference
 from .errors import DataError, SampleRejected, ShardDamaged, StorageError
-from .layout import JPG, PACKED, ROW, image_id_of, parse_header
+from .format import ROW
+from .layout import JPG, PACKED, image_id_of, parse_header
 from .manifest import FileFact, ShardFact
 from .restore import original_json
 from .storage import Destination, open_raw

@@ -1,7 +1,7 @@
 """Source tars → shards: the converter's line, one task at a time.
 
     source bytes → members → samples → packed samples → dealt to shards → receipt   (`run_task`)
-    receipts → manifest                                                             (`finalize`)
+    receipts → manifest                                                             (`publication.finalize`)
 
 A task runs as a pipeline of threads with bounded queues between them: one reads and inflates each source, one pairs,
 packs and deals, two hash and write. All of their heavy work drops the GIL. Whatever runs ahead is
@@ -18,17 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from . import sidecars
 from .ahead import Ahead
 from .annotations import Packer
 from .buffers import Pool
 from .errors import (
     DataError,
-    DuplicateKey,
     FormatError,
-    Incomplete,
     LinkExpired,
     NoSpace,
     NotFound,
@@ -38,27 +33,21 @@ from .errors import (
     TooManyQuarantined,
     UsageError,
 )
-from .format import FORMAT
 from .lanes import Lanes
 from .manifest import (
-    KEYS_NAME,
-    MANIFEST_NAME,
     PLAN_NAME,
     RECEIPT_FORMAT,
-    Manifest,
     Receipt,
-    ShardFact,
     SkippedFact,
     SourceFact,
     load_receipt,
+    quarantine_names,
     quarantine_stem,
     receipt_name,
-    side_names,
-    totals,
 )
 from .plan import Plan, Source, Task, difference, load_plan, make_plan
 from .sample import Sample, Table
-from .shard import ROW, Quarantine, ShardWriter, deal, file_fact
+from .shard import Quarantine, ShardWriter, deal
 from .source import Account, OnDamage, SourceReader, rounds, turns
 from .storage import (
     Attempt,
@@ -73,11 +62,7 @@ from .storage import (
     size_of,
 )
 
-KEY_ROW = np.dtype([("image_id", "<i8"), ("shard", "<u4"), ("index", "<u4")])
-"""A sample in `index/keys.bin`, sorted by image_id: the place of its shard in the manifest, its own in the shard."""
-
 MIB = 1 << 20
-_QUARANTINE = ("members", "jsonl")
 _READ_AHEAD = 64 * MIB  # of all sources of a task: in memory beside what waits for its partner
 _WRITERS = 2  # threads of a task that hash and write
 _ASKERS = 16  # servers asked for sizes at once: a thousand in a row would take minutes
@@ -199,6 +184,17 @@ def missing_tasks(destination: Destination, plan: Plan) -> list[int]:
     return [i for i in range(len(plan.tasks)) if not destination.exists(receipt_name(i))]
 
 
+def ranges(numbers: list[int]) -> str:
+    """`0,3-5`: as Slurm's --array takes it."""
+    out: list[list[int]] = []
+    for n in numbers:
+        if out and n == out[-1][1] + 1:
+            out[-1][1] = n
+        else:
+            out.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
+
+
 # ---------------------------------------------------------------------------------------------------------- one task
 
 
@@ -213,7 +209,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
     """
     begun = time.monotonic()
     destination, plan, options = job.destination, job.plan, job.options
-    task, label = plan.tasks[index], _label(index)
+    task, label = plan.tasks[index], label_of(index)
     receipt = _receipt(job, index)
     if receipt is not None:
         destination.sweep(label)
@@ -298,7 +294,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
     )
 
 
-def _label(index: int) -> str:
+def label_of(index: int) -> str:
     return f"task-{index:06d}"
 
 
@@ -309,8 +305,8 @@ def _publish(job: Job, index: int, attempt: Attempt, receipt: Receipt) -> Receip
         return theirs
     try:
         if not receipt.quarantine:  # an attempt that was killed between its renames may have left one
-            for suffix in _QUARANTINE:
-                destination.remove(f"{quarantine_stem(index)}.{suffix}")
+            for name in quarantine_names(index):
+                destination.remove(name)
         attempt.publish(receipt_name(index), receipt.to_bytes())
     except StorageError:
         # Another process may have finished the task, and `finalize` removed this attempt, while this one was stopped.
@@ -325,11 +321,11 @@ def _receipt(job: Job, index: int) -> Receipt | None:
         receipt = load_receipt(job.destination.read(receipt_name(index)), job.destination.place(receipt_name(index)))
     except NotFound:
         return None
-    _check_receipt(job.destination, receipt, job.plan.digest, index)
+    check_receipt(job.destination, receipt, job.plan.digest, index)
     return receipt
 
 
-def _check_receipt(destination: Destination, receipt: Receipt, plan: str, index: int) -> None:
+def check_receipt(destination: Destination, receipt: Receipt, plan: str, index: int) -> None:
     if (receipt.plan, receipt.task) != (plan, index):
         found = f"task {receipt.task} of plan {receipt.plan[:12]}"
         raise FormatError(
@@ -451,127 +447,3 @@ def _allow_files(label: str, shards: int) -> None:
             f"{hard:,}",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
-
-
-# ---------------------------------------------------------------------------------------------------------- finalize
-
-
-def finalize(destination: Destination, *, partial: bool = False) -> Manifest:
-    """Make one data set of all finished tasks: key index, side files of other readers, manifest.
-
-    Raises:
-        Incomplete: tasks have no receipt, and `partial` is not set; or it is, and one of them is being worked on.
-        DuplicateKey: an image stands in two sources.
-    """
-    plan = read_plan(destination)
-    missing = missing_tasks(destination, plan)
-    if missing and (not partial or len(missing) == len(plan.tasks)):
-        raise Incomplete(
-            destination.where,
-            f"{len(missing):,} of {len(plan.tasks):,} tasks are missing: {ranges(missing)}; "
-            "run `sa1b-wds convert` again"
-            + ("" if partial else ", or publish the others with `sa1b-wds finalize --partial`"),
-        )
-    for index in missing:
-        _remove_strays(destination, plan, index)
-    done = sorted(set(range(len(plan.tasks))) - set(missing))
-    receipts, files = [], [file_fact(PLAN_NAME, destination.read(PLAN_NAME))]
-    for index in done:
-        data = destination.read(receipt_name(index))
-        receipt = load_receipt(data, destination.place(receipt_name(index)))
-        _check_receipt(destination, receipt, plan.digest, index)
-        receipts.append(receipt)
-        files.append(file_fact(receipt_name(index), data))
-        files += receipt.quarantine
-    shards = [shard for receipt in receipts for shard in receipt.shards]
-    for shard in shards:
-        if (found := destination.size(shard.name)) != shard.bytes:
-            raise StorageError(destination.place(shard.name), "wrong size since its receipt", shard.bytes, found)
-    sources: list[SourceFact | None] = [None] * len(plan.sources)
-    for index, receipt in zip(done, receipts, strict=True):
-        for number, fact in zip(plan.tasks[index].sources, receipt.sources, strict=True):
-            sources[number] = fact
-    sums = totals([s for s in sources if s is not None], shards)
-    made = [(KEYS_NAME, _key_index(destination, plan, shards))]
-    made += sidecars.files(plan.digest, sums, shards)
-    for name, data in made:
-        destination.put(name, data)
-        files.append(file_fact(name, data))
-    manifest = Manifest(
-        format=FORMAT,
-        plan=plan.digest,
-        totals=sums,
-        missing_tasks=missing,
-        sources=sources,
-        shards=shards,
-        files=sorted(files, key=lambda f: f.name),
-        digest="",
-    )
-    destination.put(MANIFEST_NAME, manifest.to_bytes())
-    destination.clear_state()
-    if not missing:  # nobody publishes any more
-        destination.remove_empty("quarantine")
-    return manifest
-
-
-def _remove_strays(destination: Destination, plan: Plan, index: int) -> None:
-    """Remove what a task that was killed among its renames left, since readers take every shard they see for data."""
-    names = [name for shard in plan.shard_names(plan.tasks[index]) for name in (shard, *side_names(shard))]
-    names += [f"{quarantine_stem(index)}.{suffix}" for suffix in _QUARANTINE]
-    strays = [name for name in names if destination.exists(name)]
-    if not strays:
-        return
-    if destination.at_work(_label(index)) or destination.exists(receipt_name(index)):
-        raise Incomplete(destination.where, f"task {index} is being written by another process: wait for it")
-    for name in strays:
-        destination.remove(name)
-
-
-def _rows(destination: Destination, shard: ShardFact) -> "np.ndarray[tuple[int], np.dtype[np.void]]":
-    """A shard's rows, if they are what its task wrote: what is made of them here would vouch for others."""
-    name = side_names(shard.name)[1]
-    data = destination.read(name)
-    if file_fact(name, data) not in shard.files:
-        raise StorageError(
-            destination.place(name), "has changed since its receipt: remove the receipt of its task and convert again"
-        )
-    return np.frombuffer(data, ROW)
-
-
-def _key_index(destination: Destination, plan: Plan, shards: list[ShardFact]) -> bytes:
-    """`index/keys.bin`; refuses an image that stands in two sources."""
-    rows, keys = [], []
-    for number, shard in enumerate(shards):
-        found = _rows(destination, shard)
-        key = np.empty(len(found), KEY_ROW)
-        key["image_id"], key["shard"], key["index"] = found["image_id"], number, np.arange(len(found))
-        rows.append(found["source"])
-        keys.append(key)
-    joined, source = np.concatenate(keys), np.concatenate(rows)
-    order = np.argsort(joined["image_id"], kind="stable")
-    joined, source = joined[order], source[order]
-    same = np.flatnonzero(joined["image_id"][1:] == joined["image_id"][:-1])
-    if same.size:
-        i = int(same[0])
-        names = [plan.sources[int(source[j])].name for j in (i, i + 1)]
-        places = [
-            f"{names[j - i]} (now {shards[int(joined['shard'][j])].name}, sample {int(joined['index'][j]):,})"
-            for j in (i, i + 1)
-        ]
-        raise DuplicateKey(
-            destination.where,
-            f"sa_{int(joined['image_id'][i])} stands in two sources: {places[0]} and {places[1]}; "
-            f"{same.size:,} keys in all. Leave one of the sources out and convert into an empty folder",
-        )
-    return joined.tobytes()
-
-
-def ranges(numbers: list[int]) -> str:
-    """`0,3-5`: as Slurm's --array takes it."""
-    out: list[list[int]] = []
-    for n in numbers:
-        if out and n == out[-1][1] + 1:
-            out[-1][1] = n
-        else:
-            out.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)

@@ -7,12 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ShardDamaged
+from .format import KEY_ROW
 from .ranged import Ranged, open_ranged
 
 I64 = npt.NDArray[np.int64]
-
-KEY_ROW = np.dtype([("image_id", "<i8"), ("shard", "<u4"), ("index", "<u4")])
-"""A sample in `index/keys.bin`, sorted by image_id: its shard's place in the manifest, and its own in the shard."""
 
 _PIECE = 4096  # rows: 64 KiB, about what one request costs anyway
 

@@ -17,11 +17,6 @@ from .ranged import Ranged
 I64 = npt.NDArray[np.int64]
 U32 = npt.NDArray[np.uint32]
 
-ROW = np.dtype(
-    [("image_id", "<i8"), ("source", "<u4"), ("jpg_ordinal", "<u4"), ("json_ordinal", "<u4"), ("crc32", "<u4")]
-)
-"""A sample in `index/<stem>.rows`, 24 bytes."""
-
 JPG, PACKED = ".jpg", ".safetensors"
 _SPAN_LIMIT = 2 * (MEMBER_LIMIT + 2 * tar.BLOCK)
 

@@ -27,6 +27,11 @@ def quarantine_stem(task: int) -> str:
     return f"quarantine/task-{task:06d}"
 
 
+def quarantine_names(task: int) -> tuple[str, str]:
+    """What a task rejected: the members, and the list of them with the reasons."""
+    return f"{quarantine_stem(task)}.members", f"{quarantine_stem(task)}.jsonl"
+
+
 def side_names(shard: str) -> tuple[str, str, str]:
     """The files that are written with a shard: Energon's index, the rows, DALI's index."""
     stem = shard.removesuffix(".tar")

@@ -23,7 +23,8 @@ from zlib_ng import zlib_ng
 from . import tar
 from .buffers import Buffer, Pool
 from .errors import FormatError, Sa1bError, ShardDamaged, StorageError
-from .layout import I64, ROW, ShardIndex, check_end, check_offsets, image_id_of, split_span
+from .format import ROW
+from .layout import I64, ShardIndex, check_end, check_offsets, image_id_of, split_span
 from .manifest import ShardFact
 from .pipe import PREFIX
 from .ranged import ForwardFile, Ranged, open_ranged

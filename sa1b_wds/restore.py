@@ -20,7 +20,8 @@ from . import annotations, tar
 from .ahead import Ahead
 from .buffers import Buffer, Pool
 from .errors import FormatError, ShardDamaged, UsageError
-from .layout import ROW, check_offsets, split_span
+from .format import ROW
+from .layout import check_offsets, split_span
 from .manifest import MANIFEST_NAME, PLAN_NAME, Manifest, ShardFact, load_manifest
 from .plan import Plan, load_plan
 from .ranged import Ranged, open_ranged

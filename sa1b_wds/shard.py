@@ -20,16 +20,12 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from . import tar
+from .format import ROW
 from .manifest import FileFact, ShardFact, side_names
 from .sample import Held, Rejected, Sample
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-ROW = np.dtype(
-    [("image_id", "<i8"), ("source", "<u4"), ("jpg_ordinal", "<u4"), ("json_ordinal", "<u4"), ("crc32", "<u4")]
-)
-"""A sample in `index/<stem>.rows`: its id, where it came from, and the CRC-32 of its span in the shard."""
 
 
 class Writer(Protocol):

@@ -14,9 +14,10 @@ import msgspec
 
 from sa1b_wds import engines
 from sa1b_wds.annotations import restore, unpack
-from sa1b_wds.convert import Job, Options, finalize, missing_tasks, run_task, survey, write_plan
+from sa1b_wds.convert import Job, Options, missing_tasks, run_task, survey, write_plan
 from sa1b_wds.manifest import Manifest, Receipt, SourceFact
 from sa1b_wds.plan import Plan, Source, Task, make_plan
+from sa1b_wds.publication import finalize
 from sa1b_wds.storage import Destination
 
 from . import making

@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sa1b_wds.convert import KEY_ROW as CONVERTERS_KEY_ROW
 from sa1b_wds.dataset import Dataset, open
 from sa1b_wds.errors import FormatError, Incomplete, NotFound, ShardDamaged, UsageError
-from sa1b_wds.keys import KEY_ROW, KeyFile, KeyTable
-from sa1b_wds.layout import ROW
-from sa1b_wds.shard import ROW as CONVERTERS_ROW
+from sa1b_wds.format import KEY_ROW
+from sa1b_wds.keys import KeyFile, KeyTable
 
 from . import datasets, making, running
 
@@ -26,11 +24,6 @@ def dest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def ds(dest: Path) -> Dataset:
     return open(dest)
-
-
-def test_reads_what_the_converter_writes() -> None:
-    assert ROW == CONVERTERS_ROW
-    assert KEY_ROW == CONVERTERS_KEY_ROW
 
 
 def test_every_sample_is_the_source_s(ds: Dataset, dest: Path) -> None:

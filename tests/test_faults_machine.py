@@ -23,9 +23,10 @@ from typing import Any
 
 import pytest
 
-from sa1b_wds.convert import Job, finalize, missing_tasks, run_task, write_plan
+from sa1b_wds.convert import Job, missing_tasks, run_task, write_plan
 from sa1b_wds.errors import Denied, NoSpace, NotFound, PlanMismatch, Sa1bError, StorageError, UsageError
 from sa1b_wds.plan import Source, make_plan
+from sa1b_wds.publication import finalize
 from sa1b_wds.storage import Destination
 
 from . import dying, making, running

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sa1b_wds.convert import Job, finalize, run_task
+from sa1b_wds.convert import Job, run_task
 from sa1b_wds.errors import (
     DataError,
     NotFound,
@@ -23,6 +23,7 @@ from sa1b_wds.errors import (
     TooFewSamples,
     TooManyQuarantined,
 )
+from sa1b_wds.publication import finalize
 
 from . import making, running
 from .making import BLOCK, END, Member

@@ -27,12 +27,12 @@ LEVELS = {
     "codes raster rle plan order selection augment world differences",
     2: "annotations images manifest state choice keys layout sidecars batch",
     3: "sample source shard reader schedule decode assembly stats examples table figure",
-    4: "convert restore pipeline stream dataset facts accounts contents comparison verify report export",
+    4: "convert publication restore pipeline stream dataset facts accounts contents comparison verify report export",
     5: "config status engines progress interop synth cli",
 }
 
 # They meet only in the format: neither imports the other, by whatever way.
-CONVERT = {"sample", "source", "shard", "convert", "status", "engines", "progress"}
+CONVERT = {"sample", "source", "shard", "convert", "publication", "status", "engines", "progress"}
 STREAM = {
     "order", "state", "choice", "augment", "reader", "schedule", "decode", "assembly", "batch", "pipeline", "stream",
     "dataset",

@@ -16,7 +16,8 @@ from types import MappingProxyType
 
 import pytest
 
-from sa1b_wds.convert import finalize, run_task
+from sa1b_wds.convert import run_task
+from sa1b_wds.publication import finalize
 from sa1b_wds.storage import Destination
 
 from . import making, running

@@ -13,9 +13,10 @@ from zlib_ng import zlib_ng
 
 from sa1b_wds import restore as module
 from sa1b_wds import tar
-from sa1b_wds.convert import finalize, run_task
+from sa1b_wds.convert import run_task
 from sa1b_wds.errors import FormatError, NoSpace, NotFound, Sa1bError, ShardDamaged, UsageError
-from sa1b_wds.layout import ROW
+from sa1b_wds.format import ROW
+from sa1b_wds.publication import finalize
 from sa1b_wds.restore import Accounts, restore
 from sa1b_wds.storage import Destination
 from sa1b_wds.verify import verify

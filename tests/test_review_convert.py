@@ -14,9 +14,10 @@ import pytest
 
 from sa1b_wds import engines
 from sa1b_wds.cli import INDEX_VARIABLES, main, tasks_of
-from sa1b_wds.convert import Outcome, Progress, finalize, read_plan, run_task
+from sa1b_wds.convert import Outcome, Progress, read_plan, run_task
 from sa1b_wds.errors import Sa1bError, StorageError, UsageError
 from sa1b_wds.plan import Source, make_plan
+from sa1b_wds.publication import finalize
 from sa1b_wds.sample import Rejected
 from sa1b_wds.shard import Quarantine
 from sa1b_wds.status import Beat
@@ -329,7 +330,7 @@ def test_stopping_restore_does_not_promise_what_it_will_not_do(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sa1b_wds.restore.restore", stop)
-    monkeypatch.setattr("sa1b_wds.convert.finalize", stop)
+    monkeypatch.setattr("sa1b_wds.publication.finalize", stop)
     assert call("restore", tmp_path, "--out", tmp_path / "x") == 130
     assert "again" not in capsys.readouterr().err
     assert call("finalize", tmp_path) == 130

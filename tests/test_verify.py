@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 from zlib_ng import zlib_ng
 
-from sa1b_wds import convert, rle, sidecars, tar
+from sa1b_wds import convert, publication, rle, sidecars, tar
 from sa1b_wds.annotations import unpack
 from sa1b_wds.differences import LIMIT, LIMIT_OF_ONE
 from sa1b_wds.errors import NotFound, StorageError
-from sa1b_wds.keys import KEY_ROW
-from sa1b_wds.layout import ROW
+from sa1b_wds.format import KEY_ROW, ROW
 from sa1b_wds.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -872,7 +871,7 @@ def test_a_partial_data_set(tmp_path: Path) -> None:
     job = running.job_of(paths, tmp_path / "dest", mix=1, shards=2)
     for index in (0, 2):
         convert.run_task(job, index)
-    convert.finalize(job.destination, partial=True)
+    publication.finalize(job.destination, partial=True)
     missing = job.plan.sources[job.plan.tasks[1].sources[0]].name
     assert verify(job.destination, deep=True) == []
     (found,) = verify(job.destination, deep=True, against=[str(p) for p in paths])
