@@ -616,13 +616,21 @@ def _complain(error: Sa1bError) -> None:
     print(f"sa1b-wds: {error}", file=sys.stderr, flush=True)  # noqa: T201
 
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+"""What ends a command cleanly beside Ctrl-C: batch systems preempt with the first, and say with the second that the
+time limit is near, where they are asked to (`sbatch --signal=B:USR1@120`)."""
+
+
 def _stop(number: int, frame: "FrameType | None") -> None:
-    raise KeyboardInterrupt
+    for other in STOPPING:  # a batch system says it again, and must not break off the cleaning up
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code."""
-    signal.signal(signal.SIGTERM, _stop)
+    for number in STOPPING:
+        signal.signal(number, _stop)
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -634,11 +642,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         words = sys.argv[1:] if arguments is None else arguments
         # What is restored is never overwritten: the same command would refuse the first tar that is there.
         again = "the tars that are whole stay" if words[:1] == ["restore"] else "run the same command again to go on"
-        print(f"sa1b-wds: stopped; {again}", file=sys.stderr)  # noqa: T201
+        by = f" by {stopped}" if str(stopped) else ""
+        print(f"sa1b-wds: stopped{by}; {again}", file=sys.stderr)  # noqa: T201
         return 130
     except SystemExit as end:  # one task failed, and has said why
         return int(end.code or 0)

@@ -76,6 +76,9 @@ def run_reported(job: Job, index: int, report: Callable[[Progress], None] = lamb
     except Sa1bError as error:
         beat(str(error))
         raise
+    except (KeyboardInterrupt, SystemExit) as stopped:  # by a signal: the time limit is near, or another job wants in
+        beat(f"stopped by {stopped}" if isinstance(stopped, KeyboardInterrupt) and str(stopped) else "stopped")
+        raise
     with contextlib.suppress(StorageError):
         job.destination.remove(_name(index))
     return outcome

@@ -27,6 +27,7 @@ from sa1b_wds.convert import Job, missing_tasks, run_task, write_plan
 from sa1b_wds.errors import Denied, NoSpace, NotFound, PlanMismatch, Sa1bError, StorageError, UsageError
 from sa1b_wds.plan import Source, make_plan
 from sa1b_wds.publication import finalize
+from sa1b_wds.status import read_status
 from sa1b_wds.storage import Destination
 
 from . import dying, making, running
@@ -610,7 +611,7 @@ def _again(slow: tuple[Path, list[object], Tree], dest: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGUSR1"])
 def test_stopping_the_command_stops_its_workers_and_leaves_nothing(
     slow: tuple[Path, list[object], Tree], tmp_path: Path, how: str
 ) -> None:
@@ -619,14 +620,18 @@ def test_stopping_the_command_stops_its_workers_and_leaves_nothing(
     if how == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all of them
     else:
-        process.terminate()
+        for _ in range(2):  # batch systems say it more than once
+            process.send_signal(signal.Signals[how])
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130, said
-    assert said.splitlines()[-1] == "sa1b-wds: stopped; run the same command again to go on"
+    by = "" if how == "Ctrl-C" else f" by {how}"
+    assert said.splitlines()[-1] == f"sa1b-wds: stopped{by}; run the same command again to go on"
     assert "Traceback" not in said
     _until(lambda: not _session(process.pid), "processes are left")
     assert not list((dest / ".state/attempts").iterdir())
     assert "sa1b-train-000000.tar" not in tree(dest)
+    states = read_status(Destination(str(dest)), now=time.time())
+    assert {(s.state, s.beat and s.beat.error) for s in states[:2]} == {("failed", "stopped")}
     _again(slow, dest)
 
 
