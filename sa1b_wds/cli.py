@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
+from msgspec import structs
 
 from . import config as options
 from .errors import DataError, Different, PlanMismatch, Sa1bError, UsageError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from .convert import Job
     from .plan import Plan
+    from .status import Overview
 
 HELP = """Turn SA-1B's tars into training-ready WebDataset shards, and check, inspect and undo the result.
 
@@ -263,6 +265,7 @@ def convert(
     from . import engines
     from .convert import Job, Options, locate, missing_tasks, read_plan, write_plan
     from .publication import finalize
+    from .status import command
     from .storage import Destination
 
     planning = {"shard_size": shard_size, "mix": mix, "seed": seed}
@@ -298,7 +301,9 @@ def convert(
     how = Options(
         on_damage=o.on_damage, pairing_buffer=int(o.pairing_buffer), scratch=o.scratch, max_quarantine=o.max_quarantine
     )
-    job = Job(destination=destination, plan=made, locations=locations, options=how)
+    # A task takes its options from the plan, where the command for all of them would have to say them.
+    whole = structs.replace(o, shard_size=options.Size(made.shard_size), mix=made.mix, seed=made.seed)
+    job = Job(destination=destination, plan=made, locations=locations, options=how, command=command(whole))
     if task is None:
         tasks = missing_tasks(destination, made)
         _say_plan(made)
@@ -402,43 +407,72 @@ def _number(text: str) -> int | None:
 
 
 @app.command
-def status(dest: str | None = None, /, *, json: bool | None = None, config: Config = None) -> None:
-    """Which tasks are done, running, failed or missing; from the destination alone.
+def status(
+    dest: str | None = None,
+    /,
+    *,
+    json: bool | None = None,
+    left: bool | None = None,
+    watch: Annotated[bool | float | None, Parameter(negative="")] = None,
+    config: Config = None,
+) -> None:
+    """Which tasks are done, running, failed or missing, and what finishes the run; from the destination alone.
 
-    Example: sa1b-wds status /data/shards
+    Example: sa1b-wds status /data/shards --watch
+    Example: sbatch --array=$(sa1b-wds status /data/shards --left) convert.sbatch
 
     Parameters
     ----------
     dest
         The folder of the data set.
     json
-        For programs.
+        For programs: one object; with --watch one a line.
+    left
+        Only the numbers of the tasks that are not done, as Slurm's --array takes them: 17,231-240. Those that run
+        now are among them; nothing where all is done.
+    watch
+        Again and again until all is done, every so many seconds (10).
     """
-    import msgspec
-
-    from .status import array_of, read_status
+    from .progress import status_lines
+    from .progress import watch as show
+    from .status import read_status
     from .storage import Destination
 
-    o = options.load(config, options.Status, dest=dest, json=json)
-    statuses = read_status(Destination(_required(o.dest, "DEST")), now=time.time())
-    counts = {k: sum(x.state == k for x in statuses) for k in ("done", "running", "stale", "failed", "missing")}
-    rest = array_of(statuses)
-    if o.json:
-        rows = [{"task": x.task, "state": x.state, "beat": x.beat} for x in statuses]
-        _say(msgspec.json.encode({"counts": counts, "left": rest, "tasks": rows}).decode())
+    o = options.load(config, options.Status, dest=dest, json=json, left=left, watch=watch)
+    destination = Destination(_required(o.dest, "DEST"))
+    if o.left:
+        if rest := read_status(destination, now=time.time()).left:
+            _say(rest)
         return
-    _say(", ".join(f"{v:,} {k}" for k, v in counts.items()))
-    for x in statuses:
-        if x.beat is not None:
-            b = x.beat
-            share = b.bytes_read / max(b.bytes_total, 1)
-            rate = b.bytes_read / max(b.now - b.started, 1e-9) / 1e6
-            _say(
-                f"task {x.task} {x.state}: {b.host} pid {b.pid}, {share:.0%}, {rate:.0f} MB/s"
-                + (f": {b.error}" if b.error else "")
-            )
-    if rest:
-        _say(f"left: --array={rest}")
+
+    def look() -> tuple[str, bool]:
+        overview = read_status(destination, now=time.time())
+        return _json_of(overview) if o.json else "\n".join(status_lines(overview)), overview.is_done
+
+    if o.watch is False:
+        _say(look()[0])
+        return
+    try:
+        show(look, 10.0 if o.watch is True else o.watch)
+    except KeyboardInterrupt:  # nothing was stopped but the looking
+        return
+
+
+def _json_of(overview: "Overview") -> str:
+    import msgspec
+
+    about = {
+        "counts": overview.counts,
+        "left": overview.left,
+        "published": overview.is_published,
+        "bytes_total": overview.bytes_total,
+        "bytes_left": overview.bytes_left,
+        "rate": overview.rate,
+        "seconds_left": overview.seconds_left,
+        "commands": overview.commands,
+        "tasks": [{"task": x.task, "state": x.state, "beat": x.beat} for x in overview.tasks],
+    }
+    return msgspec.json.encode(about).decode()
 
 
 @app.command(name="finalize")
@@ -455,11 +489,19 @@ def finalize_(dest: str | None = None, /, *, partial: bool | None = None, config
         Publish without the tasks that are missing; the manifest lists them.
     """
     from .publication import finalize
+    from .status import read_status
     from .storage import Destination
 
     o = options.load(config, options.Finalize, dest=dest, partial=partial)
     destination = Destination(_required(o.dest, "DEST"))
+    alive = [t for t in read_status(destination, now=time.time()).tasks if t.state == "running"] if o.partial else []
     made = finalize(destination, partial=o.partial)
+    for beat in (t.beat for t in alive if t.beat is not None and t.task in made.missing_tasks):
+        share = beat.bytes_read / max(beat.bytes_total, 1)
+        _say(
+            f"task {beat.task} is at work, on {beat.host} pid {beat.pid} ({share:.0%}): published without it; "
+            "finalize again when it is done"
+        )
     _say(
         f"{destination.where}: {made.totals.samples:,} images, {made.totals.annotations:,} masks "
         f"in {made.totals.shards:,} shards"

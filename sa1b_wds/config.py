@@ -114,6 +114,10 @@ class Status(Section, frozen=True, kw_only=True):
     """The data set."""
     json: bool = False
     """Print JSON."""
+    left: bool = False
+    """Print the numbers of the tasks that are not done, as --array takes them, and nothing else."""
+    watch: bool | Annotated[float, Meta(ge=0.1)] = False
+    """Print again and again until all is done; a number: so many seconds apart."""
 
 
 class Finalize(Section, frozen=True, kw_only=True):

@@ -90,6 +90,8 @@ class Job:
     locations: dict[str, str]
     """name of a source → where it lies now."""
     options: Options
+    command: str = ""
+    """What a user would type to have all of the plan done; `status` shows it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,8 +182,16 @@ def read_plan(destination: Destination) -> Plan:
 
 
 def missing_tasks(destination: Destination, plan: Plan) -> list[int]:
-    """Tasks without a receipt."""
-    return [i for i in range(len(plan.tasks)) if not destination.exists(receipt_name(i))]
+    """Tasks without a receipt; one listing, where the store has any."""
+    names = [receipt_name(i) for i in range(len(plan.tasks))]
+    try:
+        there = set(destination.files_in("receipts"))
+    except UsageError:  # a web server
+        with ThreadPoolExecutor(_ASKERS, "sa1b-wds-receipts") as askers:
+            there = {
+                name for name, is_there in zip(names, askers.map(destination.exists, names), strict=True) if is_there
+            }
+    return [i for i, name in enumerate(names) if name not in there]
 
 
 def ranges(numbers: list[int]) -> str:

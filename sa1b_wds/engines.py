@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .convert import Job, Outcome, Progress
 from .errors import Sa1bError, StorageError, UsageError
-from .status import run_reported
+from .status import leave_error, run_reported
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -132,9 +132,9 @@ class _Pool:
         worker.pipe.close()
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
         hint = " (out of memory? fewer --workers or a smaller --pairing-buffer help)" if code == -signal.SIGKILL else ""
-        return Failure(
-            task=task, error=StorageError(f"task {task}", f"its process ended {how}{hint}; run the same command again")
-        )
+        error = StorageError(f"task {task}", f"its process ended {how}{hint}; run the same command again")
+        leave_error(self._job, task, error)
+        return Failure(task=task, error=error)
 
 
 def _work(pipe: _Connection, job: Job) -> None:

@@ -11,18 +11,16 @@ is dead when its process is, on this machine, or when nobody renewed it for a qu
 
 import contextlib
 import json
-import os
 import secrets
-import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from . import clouds, uploads
 from .errors import NotFound, StorageError, UsageError, masked
+from .process import has_ended, identity
 from .remote import insisting, open_object, read, size_of
 
 if TYPE_CHECKING:
@@ -83,6 +81,10 @@ class Bucket:
         """Relative names of all objects below a folder, sorted; hidden ones included."""
         prefix = f"{folder.rstrip('/')}/" if folder else ""
         return sorted(prefix + one.name for one in self._listing(folder))
+
+    def files_in(self, folder: str) -> list[str]:
+        """Relative names of the objects directly in a folder, sorted: one listing, however many there are."""
+        return sorted(f"{folder}/{one.name}" for one in self._listing(folder) if "/" not in one.name)
 
     def put(self, name: str, data: "Buffer") -> None:
         """Write a small object whole: a reader sees the old one or the new one."""
@@ -156,33 +158,12 @@ class Bucket:
                 uploads.abort(where, upload)
 
 
-def _self() -> dict[str, object]:
-    """Whose attempt it is: enough to know on this machine whether the process still lives."""
-    about: dict[str, object] = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_of(os.getpid())}
-    with contextlib.suppress(OSError):
-        about["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        about["processes"] = str(Path("/proc/self/ns/pid").readlink())
-    return about
-
-
-def _start_of(pid: int) -> str:
-    """When a process started, in the kernel's ticks; empty if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
 def _is_dead(data: bytes, age: float) -> bool:
     if age > _DEAD_SECONDS:
         return True
     try:
-        theirs = json.loads(data)
-        mine = _self()
-        if any(theirs.get(key) != mine.get(key) for key in ("host", "boot", "processes")):
-            return False
-        return bool(_start_of(int(theirs["pid"])) != theirs["start"])
-    except (ValueError, TypeError, KeyError, AttributeError):
+        return has_ended(json.loads(data))
+    except (ValueError, TypeError, AttributeError):
         return False
 
 
@@ -194,7 +175,7 @@ class ObjectAttempt:
         self._alone = not destination.at_work(label)
         self._files: dict[str, ObjectWriter | bytes] = {}
         self._name = f"{_ATTEMPTS}/{label}-{secrets.token_hex(8)}"
-        self._about = json.dumps(_self()).encode()
+        self._about = json.dumps(identity()).encode()
         self._renewed = 0.0
         self.renew()
 

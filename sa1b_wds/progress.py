@@ -1,12 +1,14 @@
 """What a person sees while tasks run: a bar with rate and time left on a terminal, a line a shard in a batch log."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from .convert import Outcome, Progress
 from .plan import Plan
+from .status import Overview, TaskStatus
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -20,6 +22,85 @@ def megabytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: the two largest units."""
+    whole = round(seconds)
+    for unit, size, smaller, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part:02} {smaller}"
+    return f"{whole // 60} min" if whole >= 120 else f"{whole} s"
+
+
+_STILL = 120
+"""Seconds after which it is worth saying that a running task gets no further."""
+
+
+def status_lines(overview: Overview) -> list[str]:
+    """What `status` prints: the counts, a line for each task that something is known of, and what is left to do."""
+    lines = [", ".join(f"{count:,} {state}" for state, count in overview.counts.items())]
+    if not overview.is_done:
+        share = 1 - overview.bytes_left / max(overview.bytes_total, 1)
+        rest = overview.seconds_left
+        lines.append(
+            f"{share:.1%} of {megabytes(overview.bytes_total)}"
+            + (f", {megabytes(overview.rate)}/s, about {duration(rest)} left" if rest is not None else "")
+        )
+    lines += [
+        _task_line(task, overview.now)
+        for state in ("failed", "stale", "running")
+        for task in overview.tasks
+        if task.state == state
+    ]
+    if overview.left:
+        running = overview.counts["running"]
+        lines.append(f"left: --array={overview.left}" + (f" (of which {running:,} running now)" if running else ""))
+    commands = overview.commands
+    lines += [f"{'or' if i else 'finish'}: {command}" for i, command in enumerate(commands)]
+    return lines if overview.left or commands else [*lines, f"{overview.where}: published"]
+
+
+def _task_line(task: TaskStatus, now: float) -> str:
+    beat = task.beat
+    assert beat is not None
+    since = time.strftime("%H:%M:%S" if now - beat.started < 86_400 else "%Y-%m-%d %H:%M", time.localtime(beat.started))
+    share = beat.bytes_read / max(beat.bytes_total, 1)
+    line = f"task {task.task} {task.state}: {beat.host} pid {beat.pid}, since {since}, {share:.0%}, "
+    line += f"{megabytes(beat.rate)}/s"
+    if task.state == "stale":
+        line += f", last heard of {duration(max(now - beat.now, 0))} ago"
+    elif task.state == "running" and beat.moved and now - beat.moved > _STILL:
+        line += f", no further for {duration(now - beat.moved)}"
+    return line + (f": {beat.error}" if beat.error else "")
+
+
+def watch(
+    look: Callable[[], tuple[str, bool]],
+    seconds: float,
+    out: TextIO | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Show what `look` says, (text, whether that was the last), every so many seconds: in place on a terminal."""
+    out = out or sys.stdout
+    if not out.isatty():
+        while True:
+            text, last = look()
+            print(text, file=out, flush=True)
+            if last:
+                return
+            sleep(seconds)
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=Console(file=out), auto_refresh=False) as live:
+        while True:
+            text, last = look()
+            live.update(Text(text), refresh=True)
+            if last:
+                return
+            sleep(seconds)
 
 
 class Display:

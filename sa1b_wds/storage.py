@@ -280,6 +280,11 @@ class Destination:
             found = [p for p in self.path(folder).rglob("*") if not p.is_dir()]
         return sorted(str(p.relative_to(self.root)) for p in found)
 
+    def files_in(self, folder: str) -> list[str]:
+        """Relative names of the files directly in a folder, which may be gone, sorted."""
+        with translating(self.place(folder)):
+            return [f"{folder}/{path.name}" for path in _listed(self.path(folder)) if not path.is_dir()]
+
     def put(self, name: str, data: bytes) -> None:
         """Write a small file whole: a reader sees the old one or the new one."""
         self._put(name, data, replace=True)

@@ -630,7 +630,7 @@ def test_stopping_the_command_stops_its_workers_and_leaves_nothing(
     _until(lambda: not _session(process.pid), "processes are left")
     assert not list((dest / ".state/attempts").iterdir())
     assert "sa1b-train-000000.tar" not in tree(dest)
-    states = read_status(Destination(str(dest)), now=time.time())
+    states = read_status(Destination(str(dest)), now=time.time()).tasks
     assert {(s.state, s.beat and s.beat.error) for s in states[:2]} == {("failed", "stopped")}
     _again(slow, dest)
 

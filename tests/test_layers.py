@@ -23,16 +23,16 @@ PACKAGE = Path(sa1b_wds.__file__).parent
 # What is imported for types alone may also stand behind it in the same level: a stream names the data set it is of.
 LEVELS = {
     0: "errors format geometry jit permutation",
-    1: "transfer web clouds signing remote links uploads objects pipe storage ranged ahead lanes buffers inflate tar "
-    "codes raster rle plan order selection augment world differences",
+    1: "transfer web clouds signing remote links uploads process objects pipe storage ranged ahead lanes buffers "
+    "inflate tar codes raster rle plan order selection augment world differences",
     2: "annotations images manifest state choice keys layout sidecars batch",
-    3: "sample source shard reader schedule decode assembly stats examples table figure",
+    3: "heartbeat sample source shard reader schedule decode assembly stats examples table figure",
     4: "convert publication restore pipeline stream dataset facts accounts contents comparison verify report export",
     5: "config status engines progress interop synth cli",
 }
 
 # They meet only in the format: neither imports the other, by whatever way.
-CONVERT = {"sample", "source", "shard", "convert", "publication", "status", "engines", "progress"}
+CONVERT = {"heartbeat", "sample", "source", "shard", "convert", "publication", "status", "engines", "progress"}
 STREAM = {
     "order", "state", "choice", "augment", "reader", "schedule", "decode", "assembly", "batch", "pipeline", "stream",
     "dataset",

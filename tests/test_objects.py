@@ -19,6 +19,7 @@ from sa1b_wds import cli, objects, signing, storage, uploads
 from sa1b_wds.convert import missing_tasks, read_plan
 from sa1b_wds.errors import Denied, StorageError, Unreachable, UsageError
 from sa1b_wds.objects import Bucket, ObjectAttempt
+from sa1b_wds.process import identity
 from sa1b_wds.storage import Destination
 from sa1b_wds.verify import verify
 
@@ -189,15 +190,15 @@ def test_a_living_one_is_left_alone(place: str) -> None:
 
 
 def test_who_is_dead() -> None:
-    mine = json.dumps(objects._self()).encode()
+    mine = json.dumps(identity()).encode()
     assert not objects._is_dead(mine, 5)
     assert objects._is_dead(mine, 901)
     ended = subprocess.Popen(["true"])
     ended.wait()
     for change in ({"pid": ended.pid}, {"start": "1"}):
-        assert objects._is_dead(json.dumps({**objects._self(), **change}).encode(), 5)
+        assert objects._is_dead(json.dumps({**identity(), **change}).encode(), 5)
     for change in ({"host": "other"}, {"boot": "x"}, {"processes": "pid:[1]"}):
-        assert not objects._is_dead(json.dumps({**objects._self(), **change, "pid": ended.pid}).encode(), 5)
+        assert not objects._is_dead(json.dumps({**identity(), **change, "pid": ended.pid}).encode(), 5)
     assert not objects._is_dead(b"[", 5)
 
 

@@ -16,11 +16,11 @@ from sa1b_wds import engines
 from sa1b_wds.cli import INDEX_VARIABLES, main, tasks_of
 from sa1b_wds.convert import Outcome, Progress, read_plan, run_task
 from sa1b_wds.errors import Sa1bError, StorageError, UsageError
+from sa1b_wds.heartbeat import Beat
 from sa1b_wds.plan import Source, make_plan
 from sa1b_wds.publication import finalize
 from sa1b_wds.sample import Rejected
 from sa1b_wds.shard import Quarantine
-from sa1b_wds.status import Beat
 from sa1b_wds.storage import Destination, expand
 
 from . import making, running
@@ -380,15 +380,15 @@ def test_status_tells_done_running_stale_failed_and_missing_tasks(
     assert call("convert", sources, "--out", out, "--task", 1) == 1
     beat = msgspec.json.decode((out / ".state" / "task-000001.json").read_bytes(), type=Beat)
     for task, now in ((2, time.time()), (3, time.time() - 61)):
-        alive = msgspec.structs.replace(beat, task=task, error=None, now=now)
+        alive = msgspec.structs.replace(beat, task=task, error=None, now=now, process={})
         (out / ".state" / f"task-{task:06d}.json").write_bytes(msgspec.json.encode(alive))
     capsys.readouterr()
     assert call("status", out) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "1 done, 1 running, 1 stale, 1 failed, 1 missing"
-    assert said[1].startswith("task 1 failed: ")
-    assert f"{broken}: byte " in said[1]
-    assert said[-1] == "left: --array=1-4"
+    assert said[2].startswith("task 1 failed: ")
+    assert f"{broken}: byte " in said[2]
+    assert "left: --array=1-4 (of which 1 running now)" in said
     assert call("status", out, "--json") == 0
     rows = msgspec.json.decode(capsys.readouterr().out)
     assert [row["state"] for row in rows["tasks"]] == ["done", "failed", "running", "stale", "missing"]
