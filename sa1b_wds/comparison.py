@@ -59,7 +59,7 @@ class _Told:
 
     def __init__(self, raw: Raw, tell: Tell) -> None:
         self._raw, self._tell = raw, tell
-        self.close = raw.close
+        self.close, self.interrupt = raw.close, raw.interrupt
 
     def readinto(self, buffer: memoryview, /) -> int:
         got = self._raw.readinto(buffer)

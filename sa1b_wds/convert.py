@@ -270,6 +270,8 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
             idle=tell,  # with all jpgs before all jsons there is no sample before most is read
         )
         stack.callback(dealt.close)
+        for reader in readers:  # before that: who is stopped must not wait for a server that hangs
+            stack.callback(reader.interrupt)
         # In random order most pairs meet late: then hashing and writing are all there is to do, so two threads do it.
         with Lanes[Sample](lambda number, sample: shards[number].add(sample), _WRITERS, name="write") as writers:
             for number, sample in dealt:
@@ -414,7 +416,7 @@ class _Counter:
 class _CountedRaw:
     def __init__(self, raw: Raw, counter: _Counter) -> None:
         self._raw, self._counter = raw, counter
-        self.close = raw.close
+        self.close, self.interrupt = raw.close, raw.interrupt
 
     def readinto(self, buffer: memoryview, /) -> int:
         got = self._raw.readinto(buffer)

@@ -72,8 +72,11 @@ class Pipe:
 
     def kill(self) -> None:
         """End the command and everything it started; a read that waits for it ends too."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.returncode is None:  # else its number may be another's by now
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    interrupt = kill
 
     def _last_words(self) -> str:
         self._complaints.seek(0, os.SEEK_END)

@@ -144,10 +144,13 @@ class RemoteRaw:
             return error
         return error or StorageError(self._object.where, "was closed")
 
-    def close(self) -> None:
+    def interrupt(self) -> None:
         with self._changed:
             self._object.stop.set()
             self._changed.notify_all()
+
+    def close(self) -> None:
+        self.interrupt()
         self._windows.clear()
         self._free.clear()
 

@@ -145,6 +145,7 @@ class SourceReader:
     ) -> None:
         """`ahead`: bytes that may be read before they are asked for."""
         self.account = Account(name=name)
+        self._raw = raw
         self._number, self._table, self._packer, self._reject = number, table, packer, reject
         self._skipped: list[tar.Skipped] = []
         self._pool = table.pool
@@ -163,7 +164,12 @@ class SourceReader:
     def __enter__(self) -> "SourceReader":
         return self
 
+    def interrupt(self) -> None:
+        """Whoever waits for its bytes gets an error; called from another thread."""
+        self._raw.interrupt()
+
     def __exit__(self, *_: object) -> None:
+        self.interrupt()
         self._ahead.close()
 
     def __iter__(self) -> Iterator[Sample]:

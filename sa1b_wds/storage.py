@@ -44,6 +44,9 @@ class Raw(Protocol):
     def readinto(self, buffer: memoryview, /) -> int:
         """Fill some of `buffer`; the number of bytes, 0 only at the end."""
 
+    def interrupt(self) -> None:
+        """Called from another thread: `readinto` waits for nobody any more, neither a server nor a command."""
+
     def close(self) -> None: ...
 
 
@@ -181,6 +184,9 @@ class _LocalRaw:
             return os.readv(self._descriptor, [buffer])
         except OSError as error:
             raise translated(error, self._where) from error
+
+    def interrupt(self) -> None:
+        """A read of a file comes back by itself."""
 
     def close(self) -> None:
         if self._descriptor >= 0:

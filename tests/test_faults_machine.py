@@ -32,6 +32,7 @@ from sa1b_wds.storage import Destination
 
 from . import dying, making, running
 from .dying import CALLS, interrupt
+from .fault_proxy import Fault, FaultProxy
 from .making import Member
 from .running import convert_folder, job_of, tree, undisturbed
 
@@ -633,6 +634,30 @@ def test_stopping_the_command_stops_its_workers_and_leaves_nothing(
     states = read_status(Destination(str(dest)), now=time.time()).tasks
     assert {(s.state, s.beat and s.beat.error) for s in states[:2]} == {("failed", "stopped")}
     _again(slow, dest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["server", "command"])
+def test_a_task_is_stopped_while_its_source_keeps_it_waiting(tmp_path: Path, kind: str) -> None:
+    data = making.tar(making.pairs(range(40)))
+    half, dest = len(data) // 2, tmp_path / "out"
+    (path,) = running.write(tmp_path, {"sa_000000.tar": data})
+    with FaultProxy({"/sa_000000.tar": data}) as web:
+        web.faults.append(Fault(cut=half, stall=100, times=9, when=lambda request: request.method == "GET"))
+        source = f"{web.url}/sa_000000.tar" if kind == "server" else f"pipe:head -c {half} {path}; sleep 100"
+        job_of([path], dest, shards=1)
+        command = _command("convert", source, "--out", dest, "--task", 0, "--workers", 1)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        shard = ".state/attempts/*/sa1b-train-000000.tar"
+        _until(lambda: bool(list(dest.glob(shard))), "the task has not begun")
+        time.sleep(0.5)  # now it has what there is
+        process.terminate()
+        try:
+            _, said = process.communicate(timeout=5)
+        finally:
+            process.kill()
+    assert said == "sa1b-wds: stopped by SIGTERM; run the same command again to go on\n"
+    assert not list((dest / ".state/attempts").iterdir())
 
 
 @pytest.mark.slow
