@@ -35,6 +35,7 @@ from . import rle
 from .errors import FormatError, SampleRejected
 from .format import FORMAT, MEMBER_LIMIT, PIXEL_LIMIT, SIDE_LIMIT
 from .jit import inline, jit
+from .plan import Recoding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +50,8 @@ U8 = npt.NDArray[np.uint8]
 INT_BBOX, INT_CROP_BOX, INT_POINTS, INT_IOU, INT_STABILITY = 1, 2, 4, 8, 16
 
 _I64 = ("annotations.area", "annotations.id", "annotations.segmentation.offsets", "annotations.segmentation.size")
-_IMAGE = ("image.height", "image.image_id", "image.width")
+_IMAGE = ("image.height", "image.image_id", "image.stored_height", "image.stored_width", "image.width")
+_STORED = _IMAGE[2:4]
 _F64 = (
     "annotations.bbox",
     "annotations.crop_box",
@@ -59,7 +61,7 @@ _F64 = (
 )
 _U8 = ("annotations.json_form", "annotations.segmentation.counts", "source.json")
 _WIDTH = {"I64": 8, "F64": 8, "U8": 1}
-_OPTIONAL = {"annotations.segmentation.size", "source.json"}
+_OPTIONAL = {"annotations.segmentation.size", "source.json", *_STORED}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -95,6 +97,13 @@ class Annotations:
     """[n] bits, or [n, k] one 0/1 a number (bbox, crop_box, points, iou, stability): what JSON wrote as ints."""
     source_json: bytes | None
     """The document itself, only where the columns would not give its bytes."""
+    stored_size: tuple[int, int] | None = None
+    """h, w of the jpg, only where it was made smaller (`--max-side`); everything else is in pixels of the original."""
+
+    @property
+    def jpg_size(self) -> tuple[int, int]:
+        """h, w of the jpg."""
+        return self.stored_size or (self.height, self.width)
 
     def __len__(self) -> int:
         return len(self.id)
@@ -453,7 +462,9 @@ def _fresh(length: int) -> memoryview:
 class Packer:
     """Packs documents into members; holds the kernel's scratch columns, so it belongs to one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, recoding: Recoding | None = None) -> None:
+        """`recoding`: how the photographs are made smaller, whose stored size members then state."""
+        self._recoding = recoding
         self._grow(1 << 20)
 
     def _grow(self, document: int) -> None:
@@ -482,7 +493,7 @@ class Packer:
             if text.size > MEMBER_LIMIT:
                 raise SampleRejected(f"{key}.json", "too large", f"at most {MEMBER_LIMIT:,} bytes", f"{text.size:,}")
             self._grow(text.size)
-        return self._fast(text, key, allocate) or pack_any(bytes(text), key, allocate)
+        return self._fast(text, key, allocate) or pack_any(bytes(text), key, allocate, self._recoding)
 
     def _fast(self, text: U8, key: str, allocate: Allocate = _fresh) -> Packed | None:
         columns = (self._ids, self._area, self._floats, self._counts, self._offsets, self._form)
@@ -494,11 +505,12 @@ class Packer:
         if long and not self._long_decimals(self._tokens[: used - 1], self._long[:long]):
             return None
         used, m, f = int(self._offsets[n]), self._most, self._floats
+        stored = self._recoding.size(height, width) if self._recoding is not None else None
         tensors: list[npt.NDArray[Any]] = [
             self._area[:n],
             self._ids[:n],
             self._offsets[: n + 1],
-            self._image[[2, 0, 1]],
+            _image_column(height, image_id, width, stored),
             f[: 4 * n],
             f[4 * m : 4 * m + 4 * n],
             f[8 * m : 8 * m + 2 * n],
@@ -508,7 +520,7 @@ class Packer:
             self._counts[:used],
         ]
         return Packed(
-            member=_join(_header(n, 1, used, False, 0, -1), tensors, allocate),
+            member=_join(_header(n, 1, used, False, 0, -1, stored is not None), tensors, allocate),
             image_id=image_id,
             height=height,
             width=width,
@@ -533,13 +545,13 @@ class Packer:
 
 
 @lru_cache(4096)
-def _header(n: int, p: int, counts: int, sizes: bool, form_width: int, source: int) -> bytes:
+def _header(n: int, p: int, counts: int, sizes: bool, form_width: int, source: int, smaller: bool) -> bytes:
     """The safetensors header, with its length in front, padded with blanks to 8 bytes as the library pads it."""
     shapes: dict[str, tuple[str, list[int]]] = dict.fromkeys(_I64[:2], ("I64", [n]))
     shapes[_I64[2]] = ("I64", [n + 1])
     if sizes:
         shapes[_I64[3]] = ("I64", [n, 2])
-    shapes |= dict.fromkeys(_IMAGE, ("I64", []))
+    shapes |= {name: ("I64", []) for name in _IMAGE if smaller or name not in _STORED}
     shapes |= dict.fromkeys(_F64[:2], ("F64", [n, 4]))
     shapes[_F64[2]] = ("F64", [n, p, 2])
     shapes |= dict.fromkeys(_F64[3:], ("F64", [n]))
@@ -557,6 +569,11 @@ def _header(n: int, p: int, counts: int, sizes: bool, form_width: int, source: i
     return len(text).to_bytes(8, "little") + text
 
 
+def _image_column(height: int, image_id: int, width: int, stored: tuple[int, int] | None) -> I64:
+    """The scalars of `_IMAGE`, end to end."""
+    return np.array([height, image_id, *(stored or ()), width], np.int64)
+
+
 def _join(header: bytes, tensors: list[npt.NDArray[Any]], allocate: Allocate) -> memoryview:
     member = allocate(len(header) + sum(t.nbytes for t in tensors))
     out = np.frombuffer(member, np.uint8)
@@ -568,7 +585,9 @@ def _join(header: bytes, tensors: list[npt.NDArray[Any]], allocate: Allocate) ->
     return member
 
 
-def pack_any(document: bytes, key: str, allocate: Allocate = _fresh) -> Packed:
+def pack_any(
+    document: bytes, key: str, allocate: Allocate = _fresh, recoding: Recoding | None = None
+) -> Packed:
     """What `Packer.pack` does, for any document, without the kernel: the general path, and the kernel's oracle."""
     where = f"{key}.json"
     try:
@@ -628,6 +647,7 @@ def pack_any(document: bytes, key: str, allocate: Allocate = _fresh) -> Packed:
         size=sizes if own else None,
         json_form=_json_form(ints, p),
         source_json=None,
+        stored_size=recoding.size(image.height, image.width) if recoding is not None else None,
     )
     source = None if restore(columns) == document else document
     return Packed(
@@ -703,11 +723,13 @@ def _fields(p: int) -> dict[int, tuple[int, int]]:
 def _member(a: Annotations, source: bytes | None, where: str, allocate: Allocate) -> memoryview:
     form_width = a.json_form.shape[1] if a.json_form.ndim == 2 else 0
     n, p = a.point_coords.shape[:2]
-    header = _header(n, p, a.counts.size, a.size is not None, form_width, -1 if source is None else len(source))
+    source_size = -1 if source is None else len(source)
+    smaller = a.stored_size is not None
+    header = _header(n, p, a.counts.size, a.size is not None, form_width, source_size, smaller)
     tensors: list[npt.NDArray[Any]] = [a.area, a.id, a.offsets]
     if a.size is not None:
         tensors.append(a.size)
-    tensors += [np.array([a.height, a.image_id, a.width], np.int64)]
+    tensors += [_image_column(a.height, a.image_id, a.width, a.stored_size)]
     tensors += [a.bbox, a.crop_box, a.point_coords, a.predicted_iou, a.stability_score, a.json_form, a.counts]
     if source is not None:
         tensors.append(np.frombuffer(source, np.uint8))
@@ -761,6 +783,8 @@ def _layout(header: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
 def _check_layout(layout: dict[str, tuple[str, tuple[int, ...], int, int]]) -> None:
     if missing := (set(_I64) | set(_IMAGE) | set(_F64) | set(_U8)) - _OPTIONAL - set(layout):
         raise ValueError(f"tensor {min(missing)} is missing")
+    if (_STORED[0] in layout) != (_STORED[1] in layout):
+        raise ValueError(f"one of {_STORED[0]} and {_STORED[1]} alone")
     (n,) = layout["annotations.id"][1] if len(layout["annotations.id"][1]) == 1 else (-1,)
     points = layout["annotations.point_coords"][1]
     p = points[1] if len(points) == 3 else -1
@@ -821,9 +845,13 @@ def unpack(member: "Buffer", where: str) -> Annotations:
         array.flags.writeable = False
         return array
 
-    height, image_id, width = (int(column(name)) for name in _IMAGE)
+    height, image_id, width = (int(column(name)) for name in _IMAGE if name not in _STORED)
     if not (1 <= height <= SIDE_LIMIT and 1 <= width <= SIDE_LIMIT and height * width <= PIXEL_LIMIT):
         raise FormatError(where, "size beyond the limits", f"1 to {SIDE_LIMIT:,} a side", f"{height} x {width}")
+    stored = (int(column(_STORED[0])), int(column(_STORED[1]))) if _STORED[0] in layout else None
+    if stored is not None and not (1 <= stored[0] <= height and 1 <= stored[1] <= width and stored != (height, width)):
+        found = f"{stored[0]} x {stored[1]}"
+        raise FormatError(where, "a stored size that is not smaller than the image", f"{height} x {width}", found)
     offsets, counts = column(_I64[2]), column(_U8[1])
     if offsets[0] != 0 or offsets[-1] != counts.size or np.any(offsets[1:] < offsets[:-1]):
         raise FormatError(
@@ -848,6 +876,7 @@ def unpack(member: "Buffer", where: str) -> Annotations:
         size=size,
         json_form=column(_U8[0]),
         source_json=column(_U8[2]).tobytes() if _U8[2] in layout else None,
+        stored_size=stored,
     )
 
 

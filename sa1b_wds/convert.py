@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import recoding
 from .ahead import Ahead
 from .annotations import Packer
 from .buffers import Pool
@@ -45,10 +46,10 @@ from .manifest import (
     quarantine_stem,
     receipt_name,
 )
-from .plan import Plan, Source, Task, difference, load_plan, make_plan
+from .plan import Plan, Recoding, Source, Task, difference, load_plan, make_plan
 from .sample import Sample, Table
 from .shard import Quarantine, ShardWriter, deal
-from .source import Account, OnDamage, SourceReader, rounds, turns
+from .source import Account, OnDamage, Recoder, SourceReader, rounds, turns
 from .storage import (
     Attempt,
     Destination,
@@ -79,6 +80,8 @@ class Options:
     """Where further ones wait; None: $SLURM_TMPDIR, $TMPDIR, or the system's folder for temporary files."""
     max_quarantine: float = 0.001
     """Share of a task's members that may be quarantined."""
+    threads: int = 2
+    """That make photographs smaller, where the plan says so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,9 +171,11 @@ def write_plan(destination: Destination, plan: Plan) -> bool:
     return False
 
 
-def plan_sources(found: dict[str, tuple[str, int]], *, shard_size: int, mix: int, seed: int) -> Plan:
+def plan_sources(
+    found: dict[str, tuple[str, int]], *, shard_size: int, mix: int, seed: int, recoding: Recoding | None = None
+) -> Plan:
     sources = [Source(name=name, size=size) for name, (_, size) in found.items()]
-    return make_plan(sources, shard_size=shard_size, mix=mix, seed=seed)
+    return make_plan(sources, shard_size=shard_size, mix=mix, seed=seed, recoding=recoding)
 
 
 def read_plan(destination: Destination) -> Plan:
@@ -214,6 +219,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
     Raises:
         SourceDamaged: a source cannot be read to its end, and `on_damage` is "fail".
         TooFewSamples: fewer samples than shards.
+        PlanMismatch: photographs are to be made smaller, and the JPEG library here would give other bytes.
         TooManyQuarantined: more members rejected than `max_quarantine` allows.
         StorageError: reading or writing failed. In all of these cases nothing of the task is visible.
     """
@@ -224,6 +230,8 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
     if receipt is not None:
         destination.sweep(label)
         return Outcome(task=index, already_done=True, receipt=receipt, seconds=0.0)
+    if plan.recoding is not None:
+        recoding.check(plan.recoding)
     scratch = Scratch(_scratch_folder(plan, task, options))
     _allow_files(label, task.shards)
     pool = Pool(idle=64 * MIB)
@@ -239,6 +247,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
             shards.append(ShardWriter(name, attempt))
             stack.callback(shards[-1].close)
         counter = _Counter()
+        recoder = _recoder(plan, options.threads, stack)
         readers = [
             stack.enter_context(
                 SourceReader(
@@ -247,10 +256,11 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
                     raw=counter.counted(open_raw(url)),
                     where=url,
                     table=table,
-                    packer=Packer(),
+                    packer=Packer(plan.recoding),
                     reject=quarantine.add,
                     on_damage=options.on_damage,
                     ahead=max(_READ_AHEAD // len(task.sources), 6 * MIB),
+                    recoder=recoder,
                 )
             )
             for number, url in ((n, _location(job, plan.sources[n].name)) for n in task.sources)
@@ -304,6 +314,14 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
         spilled_bytes=scratch.bytes_written,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _recoder(plan: Plan, threads: int, stack: contextlib.ExitStack) -> Recoder | None:
+    if plan.recoding is None:
+        return None
+    pool = ThreadPoolExecutor(threads, "recode")
+    stack.callback(pool.shutdown, cancel_futures=True)
+    return Recoder(how=plan.recoding, threads=pool)
 
 
 def label_of(index: int) -> str:

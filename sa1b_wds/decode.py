@@ -198,13 +198,14 @@ class View:
 
     def _image(self, sample: Members, a: Annotations, frame: Frame, out: npt.NDArray[np.uint8]) -> None:
         head = images.header(sample.jpg)
-        if (head.height, head.width) != (a.height, a.width):
-            expected, found = f"{a.height} x {a.width}", f"{head.height} x {head.width}"
-            raise ShardDamaged(sample.where, "a JPEG of another size than its annotations", expected, found)
+        if (head.height, head.width) != a.jpg_size:
+            expected, found = "{} x {}".format(*a.jpg_size), f"{head.height} x {head.width}"
+            raise ShardDamaged(sample.where, "a JPEG of another size than its annotations say", expected, found)
         h, w = frame.size(len(out))
         out[h:] = 0
         out[:h, w:] = 0
-        images.decode(sample.jpg, (h, w), out=out[:h, :w], window=frame.visible, flip=frame.flip)
+        of = None if a.stored_size is None else (a.height, a.width)
+        images.decode(sample.jpg, (h, w), out=out[:h, :w], window=frame.visible, flip=frame.flip, of=of)
 
     def _masks(self, a: Annotations, frame: Frame, chosen: I64, out: npt.NDArray[Any]) -> None:
         counts, offsets, index = _strings(a, chosen)

@@ -120,9 +120,12 @@ def example(jpg: "Buffer", a: Annotations, where: str) -> Example:
 
     Raises:
         FormatError: what TFDS' builder refuses as well: other than one point a mask, a box outside 0..1 or inside out,
-            a negative id or area.
+            a negative id or area. A photograph that was made smaller.
         ShardDamaged: a JPEG that cannot be decoded.
     """
+    if a.stored_size is not None:
+        what = "TFDS has the photograph at its full size, and this one was made smaller (--max-side)"
+        raise FormatError(where, what, f"{a.height} x {a.width}", "{} x {}".format(*a.stored_size))
     n, points = a.point_coords.shape[:2]
     if points != 1:
         raise FormatError(where, "TFDS has exactly one point a mask", 1, points)

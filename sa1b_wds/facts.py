@@ -66,7 +66,9 @@ def check_facts(destination: Destination, manifest: Manifest, found: Found) -> P
         return None
     if file_fact(PLAN_NAME, plan.to_bytes()).sha256 != manifest.plan:
         found.add(destination.place(PLAN_NAME), "says the same in other bytes than this project writes")
-    expected = [file_fact(name, data) for name, data in sidecars.files(plan.digest, sums, manifest.shards)]
+    found.same(where, "recoding of the plan", plan.recoding, manifest.recoding)
+    made = sidecars.files(plan.digest, sums, manifest.shards, recoding=plan.recoding)
+    expected = [file_fact(name, data) for name, data in made]
     facts = {f.name: f for f in manifest.files}
     for fact in expected:
         found.same(f"{where}: {fact.name}", "what follows from the manifest", fact.sha256, _sha256(facts, fact.name))

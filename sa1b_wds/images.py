@@ -108,6 +108,7 @@ def decode(
     out: U8 | None = None,
     window: Window | None = None,
     flip: bool = False,
+    of: tuple[int, int] | None = None,
     fast: bool = True,
     where: str = "jpg",
 ) -> U8:
@@ -126,6 +127,8 @@ def decode(
         out: where to write, (H, W, 3) uint8 with contiguous rows: a slice of a batch. None for a new array.
         window: (y0, x0, h, w) in stored pixels, which may reach outside the image; None for the whole image.
         flip: mirror left and right.
+        of: (h, w) of the image that this JPEG is a smaller copy of: the window is in its pixels, and so is everything
+            said of the window above. Where the part begins and ends is then rounded to stored pixels.
         fast: False for a full decode with accurate DCT and smooth chroma, and an area resize. No difference at full
             size, where the pixels are those of PIL.
         where: begins the message of an error.
@@ -140,7 +143,7 @@ def decode(
     """
     head = header(jpg, where)
     _refuse(head, where)
-    h, w = head.height, head.width
+    h, w = of or (head.height, head.width)
     y0, x0, tall, wide = (0, 0, h, w) if window is None else window
     if not (0 < tall <= SIDE_LIMIT and 0 < wide <= SIDE_LIMIT):
         raise UsageError("images", "window outside the limits", expected=f"sides in 1..{SIDE_LIMIT}", found=window)
@@ -173,17 +176,35 @@ def decode(
     out[over:under, :before] = 0
     out[over:under, after:] = 0
 
-    shrink = min((bottom - top) / (under - over), (right - left) / (after - before))
+    tall, wide = _ratio(head.height, h), _ratio(head.width, w)
+    shrink = min(tall * (bottom - top) / (under - over), wide * (right - left) / (after - before))
     scale = next((k for k, least in _SCALES if shrink >= k * least), 1) if fast else 1
-    if part.shape == (h, w, 3) and bottom - top == h and right - left == w and part.flags.c_contiguous:
+    whole = bottom - top == h and right - left == w
+    if part.shape == (head.height, head.width, 3) and whole and part.flags.c_contiguous:
         _pixels(jpg, head, 1, False, part.reshape(-1), where)
     else:
         quick = fast and scale == 1 and shrink > 1
         pixels = _pixels(jpg, head, scale, quick, _buffer(head, scale), where)
-        _resize(pixels[_span(top, bottom, h, scale), _span(left, right, w, scale)], part, fast)
+        down, across = _span(top, bottom, h, head.height, scale), _span(left, right, w, head.width, scale)
+        _resize(pixels[down, across], part, fast)
     if flip:
         _opencv().flip(part, 1, part)
     return out
+
+
+def encode(pixels: U8, quality: int) -> bytes:
+    """A baseline JPEG of (H, W, 3) RGB or (H, W, 1) grey uint8: accurate DCT, colour at half size (4:2:0).
+
+    libjpeg-turbo's code for the accurate DCT gives the same bytes with and without any processor's vector instructions.
+    """
+    import simplejpeg
+
+    colour = pixels.shape[2] == 3
+    pixels = np.ascontiguousarray(pixels)
+    encoded: bytes = simplejpeg.encode_jpeg(
+        pixels, quality, "RGB" if colour else "GRAY", "420" if colour else "Gray", fastdct=False
+    )
+    return encoded
 
 
 def tfds_image(jpg: "Buffer", where: str = "jpg") -> U8:
@@ -235,10 +256,18 @@ def _place(begin: int, end: int, target: int, span: int) -> tuple[int, int]:
     return low, max((2 * end * target + span) // (2 * span), low + 1)
 
 
-def _span(begin: int, end: int, length: int, scale: int) -> slice:
-    """The pixels of an image decoded at 1/scale that begin..end of `length` become; at least one."""
-    low = min((2 * begin + scale) // (2 * scale), -(-length // scale) - 1)
-    high = -(-length // scale) if end == length else (2 * end + scale) // (2 * scale)
+def _ratio(stored: int, length: int) -> float:
+    return 1.0 if stored == length else stored / length
+
+
+def _span(begin: int, end: int, length: int, stored: int, scale: int) -> slice:
+    """The pixels of an image decoded at 1/scale that begin..end of `length` become; at least one.
+
+    `stored`: how long that image is at scale 1; less than `length` if it is a smaller copy.
+    """
+    decoded, step = -(-stored // scale), length * scale
+    low = min((2 * begin * stored + step) // (2 * step), decoded - 1)
+    high = decoded if end == length else (2 * end * stored + step) // (2 * step)
     return slice(low, max(high, low + 1))
 
 

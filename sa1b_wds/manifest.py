@@ -12,6 +12,7 @@ import msgspec
 
 from .errors import FormatError
 from .format import FORMAT
+from .plan import Recoding
 
 RECEIPT_FORMAT = "sa1b-wds-receipt/1"
 MANIFEST_NAME = "manifest.json"
@@ -119,7 +120,7 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     stored_sources: int
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The only truth about a data set."""
 
     format: str
@@ -133,8 +134,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     shards: list[ShardFact]
     files: list[FileFact]
     """Every other file below the destination."""
+    recoding: Recoding | None = None
+    """The plan's, where photographs were made smaller; else left out."""
+    members: list[str] | None = None
+    """Suffixes of a sample's members, where they are not `jpg` and `safetensors`; else left out."""
     digest: str
     """SHA-256 of the manifest's bytes with this as 64 zeros."""
+
+    @property
+    def has_images(self) -> bool:
+        return self.members is None
 
     def to_bytes(self) -> bytes:
         """The manifest as it is written, its digest filled in."""

@@ -15,11 +15,14 @@ import msgspec
 import numpy as np
 
 from .errors import FormatError, UsageError
+from .format import SIDE_LIMIT
 from .permutation import permutation
 
 FORMAT = "sa1b-wds-plan/1"
 PACKER = 1
 """Revision of everything that shapes the bytes of a shard beside the format; another one makes another plan."""
+RECODER = 2
+"""The same for plans that make photographs smaller: releases that cannot do it refuse them."""
 SHARD_NAME = "sa1b-train-{:06d}.tar"
 _SHARDS = 1_000_000
 """With more, their names would no longer sort by number."""
@@ -42,7 +45,26 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     shards: int
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class Recoding(msgspec.Struct, frozen=True, kw_only=True):
+    """Photographs made smaller; without one, shards hold the source's bytes."""
+
+    max_side: int
+    """Pixels: longest side of the stored photographs; those that are not longer keep their bytes."""
+    quality: int
+    """JPEG quality, 1 to 100."""
+    encoder: str
+    """What the JPEG library makes of a fixed picture: see `recoding.encoder`. Another one would give other bytes."""
+
+    def size(self, height: int, width: int) -> tuple[int, int] | None:
+        """(h, w) of the stored photograph, the shorter side rounded half up; None: the source's bytes stay."""
+        longest = max(height, width)
+        if longest <= self.max_side:
+            return None
+        h, w = ((2 * side * self.max_side + longest) // (2 * longest) for side in (height, width))
+        return max(1, h), max(1, w)
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The whole run. Everything but this is derived from it."""
 
     format: str
@@ -53,6 +75,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes, as asked for."""
     sources: list[Source]
     tasks: list[Task]
+    recoding: Recoding | None = None
+    """Left out where photographs stay as they are: such a plan has the bytes that it always had."""
+
+    @property
+    def max_side(self) -> int | None:
+        return self.recoding.max_side if self.recoding else None
+
+    @property
+    def quality(self) -> int | None:
+        return self.recoding.quality if self.recoding else None
 
     @property
     def shards(self) -> int:
@@ -78,7 +110,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
-def make_plan(sources: Sequence[Source], *, shard_size: int, mix: int, seed: int) -> Plan:
+def make_plan(
+    sources: Sequence[Source], *, shard_size: int, mix: int, seed: int, recoding: Recoding | None = None
+) -> Plan:
     """The plan of a run.
 
     Args:
@@ -86,6 +120,7 @@ def make_plan(sources: Sequence[Source], *, shard_size: int, mix: int, seed: int
         shard_size: bytes a shard should have; moved by up to a tenth.
         mix: sources a task reads together.
         seed: of the grouping.
+        recoding: how photographs are made smaller; None: they stay as they are.
 
     Raises:
         UsageError: no sources, two of one name, an empty one, or options out of range.
@@ -98,6 +133,11 @@ def make_plan(sources: Sequence[Source], *, shard_size: int, mix: int, seed: int
         raise UsageError("plan: --mix", "out of range", "1 to 64", mix)
     if not 0 <= seed < 1 << 63:
         raise UsageError("plan: --seed", "out of range", "0 to 2^63 - 1", seed)
+    if recoding is not None:
+        if not 16 <= recoding.max_side <= SIDE_LIMIT:
+            raise UsageError("plan: --max-side", "out of range", f"16 to {SIDE_LIMIT:,}", recoding.max_side)
+        if not 1 <= recoding.quality <= 100:
+            raise UsageError("plan: --quality", "out of range", "1 to 100", recoding.quality)
     ordered = sorted(sources, key=lambda s: s.name)
     for a, b in itertools.pairwise(ordered):
         if a.name == b.name:
@@ -121,7 +161,14 @@ def make_plan(sources: Sequence[Source], *, shard_size: int, mix: int, seed: int
         for group, first, k in zip(groups, firsts, counts.tolist(), strict=True)
     ]
     return Plan(
-        format=FORMAT, packer=PACKER, seed=seed, mix=mix, shard_size=shard_size, sources=list(ordered), tasks=tasks
+        format=FORMAT,
+        packer=PACKER if recoding is None else RECODER,
+        seed=seed,
+        mix=mix,
+        shard_size=shard_size,
+        sources=list(ordered),
+        tasks=tasks,
+        recoding=recoding,
     )
 
 
@@ -150,8 +197,9 @@ def load_plan(data: bytes, where: str) -> Plan:
         plan = msgspec.json.decode(data, type=Plan)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FormatError(where, f"not a plan: {error}") from None
-    if plan.format != FORMAT or plan.packer != PACKER:
-        known, found = f"{FORMAT}, packer {PACKER}", f"{plan.format}, packer {plan.packer}"
+    packer = PACKER if plan.recoding is None else RECODER
+    if plan.format != FORMAT or plan.packer != packer:
+        known, found = f"{FORMAT}, packer {packer}", f"{plan.format}, packer {plan.packer}"
         raise FormatError(where, "a plan this release does not know", known, found)
     return plan
 
@@ -160,7 +208,7 @@ def difference(mine: Plan, there: Plan) -> str:
     """What differs between two plans, in a few words; empty if nothing does."""
     said = [
         f"{name} {getattr(there, name)} there, {getattr(mine, name)} here"
-        for name in ("packer", "seed", "mix", "shard_size")
+        for name in ("packer", "seed", "mix", "shard_size", "max_side", "quality")
         if getattr(mine, name) != getattr(there, name)
     ]
     a, b = {s.name: s.size for s in mine.sources}, {s.name: s.size for s in there.sources}
@@ -170,6 +218,8 @@ def difference(mine: Plan, there: Plan) -> str:
         said.append(f"{len(gone)} sources fewer here, {gone[0]} the first")
     if moved := sorted(n for n in set(a) & set(b) if a[n] != b[n]):
         said.append(f"{moved[0]} has {b[moved[0]]:,} bytes there, {a[moved[0]]:,} here")
+    if not said and mine.recoding != there.recoding:
+        said.append("it was made with a JPEG library that gives other bytes: install the same version of simplejpeg")
     if not said and mine != there:
         said.append("the tasks")
     return "; ".join(said)

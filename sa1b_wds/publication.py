@@ -64,7 +64,7 @@ def finalize(destination: Destination, *, partial: bool = False) -> Manifest:
             sources[number] = fact
     sums = totals([s for s in sources if s is not None], shards)
     made = [(KEYS_NAME, _key_index(destination, plan, shards))]
-    made += sidecars.files(plan.digest, sums, shards)
+    made += sidecars.files(plan.digest, sums, shards, recoding=plan.recoding)
     for name, data in made:
         destination.put(name, data)
         files.append(file_fact(name, data))
@@ -76,6 +76,7 @@ def finalize(destination: Destination, *, partial: bool = False) -> Manifest:
         sources=sources,
         shards=shards,
         files=sorted(files, key=lambda f: f.name),
+        recoding=plan.recoding,
         digest="",
     )
     destination.put(MANIFEST_NAME, manifest.to_bytes())

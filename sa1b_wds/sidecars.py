@@ -10,16 +10,25 @@ from collections.abc import Iterator
 import msgspec
 
 from .manifest import ShardFact, Totals
+from .plan import Recoding
 
 ENERGON_VERSION = "7.4.0"
 
 
-def files(plan: str, totals: Totals, shards: list[ShardFact], *, images: bool = True) -> Iterator[tuple[str, bytes]]:
+def files(
+    plan: str,
+    totals: Totals,
+    shards: list[ShardFact],
+    *,
+    images: bool = True,
+    recoding: Recoding | None = None,
+) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every side file of a data set.
 
     Args:
         plan: SHA-256 of the plan, hex: Energon's uuid is made from it, so that the same data has the same.
         images: whether the samples have a jpg.
+        recoding: how they were made smaller; None: they are the source's.
     """
     yield "wids.json", _wids(shards)
     yield (
@@ -29,7 +38,7 @@ def files(plan: str, totals: Totals, shards: list[ShardFact], *, images: bool = 
     yield ".nv-meta/split.yaml", _split(shards)
     yield ".nv-meta/dataset.yaml", b"__module__: megatron.energon\n__class__: CrudeWebdataset\n"
     yield ".nv-meta/index.uuid", str(uuid.UUID(hex=plan[:32], version=4)).encode()
-    yield "README.md", _card(totals, images)
+    yield "README.md", _card(totals, images, recoding)
 
 
 def _json(value: object) -> bytes:
@@ -52,9 +61,16 @@ def _split(shards: list[ShardFact]) -> bytes:
     return f"exclude: []\nsplit_parts:\n  train:\n{train}  val: []\n  test: []\n".encode()
 
 
-def _card(totals: Totals, images: bool) -> bytes:
+def _card(totals: Totals, images: bool, recoding: Recoding | None) -> bytes:
     jpg = "  - name: jpg\n    dtype: image\n" if images else ""
-    if images:
+    if images and recoding is not None:
+        members = (
+            f"Each sample is two members: `sa_<id>.jpg`, the photograph at {recoding.max_side:,} pixels on its longest side\n"
+            f"(JPEG quality {recoding.quality}; smaller ones have the bytes that Meta published), and `sa_<id>.safetensors`, all\n"
+            "annotations of the image as columns, in pixels of the original. `manifest.json` lists every shard with its\n"
+            "size, counts and SHA-256."
+        )
+    elif images:
         members = (
             "Each sample is two members: `sa_<id>.jpg`, the bytes that Meta published, and `sa_<id>.safetensors`, all\n"
             "annotations of the image as columns. `manifest.json` lists every shard with its size, counts and SHA-256."

@@ -7,18 +7,20 @@ member stands. Members: seen = 2 · samples + quarantined + ignored, always.
 
 import itertools
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from . import images, tar
+from . import images, recoding, tar
 from .ahead import Ahead
 from .annotations import Packed, Packer, restore, unpack
 from .buffers import Buffer, Pool
 from .errors import SampleRejected
 from .format import MEMBER_LIMIT
 from .inflate import Gap, open_bytes
+from .plan import Recoding
 from .sample import Held, Rejected, Sample, Table
 from .storage import Raw
 
@@ -27,6 +29,8 @@ OnDamage = Literal["fail", "salvage"]
 _KEY = re.compile(r"sa_(?:0|[1-9][0-9]{0,18})", re.ASCII)
 _LARGEST_ID = (1 << 63) - 1
 _NOTHING = memoryview(b"")
+_IN_WORK = 16
+"""Photographs of a source that are being made smaller, or wait behind one that is."""
 _KINDS = 50
 """Kinds of ignored members that are named; a tar of 10,000 suffixes must not swell the receipt."""
 
@@ -127,6 +131,14 @@ def _gap(gap: Gap) -> str:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recoder:
+    """How a task makes photographs smaller, and the threads that do it."""
+
+    how: Recoding
+    threads: ThreadPoolExecutor
+
+
 class SourceReader:
     """The samples of one source, in order; iterate once. A context manager: its thread ends with it."""
 
@@ -142,13 +154,16 @@ class SourceReader:
         reject: Callable[[Rejected], None],
         on_damage: OnDamage,
         ahead: int = 24 << 20,
+        recoder: Recoder | None = None,
     ) -> None:
-        """`ahead`: bytes that may be read before they are asked for."""
+        """`ahead`: bytes that may be read before they are asked for; `recoder`: None where jpgs stay as they are."""
         self.account = Account(name=name)
         self._raw = raw
         self._number, self._table, self._packer, self._reject = number, table, packer, reject
         self._skipped: list[tar.Skipped] = []
         self._pool = table.pool
+        self._recoder = recoder
+        self._in_work: deque[tuple[_Half, _Half, Future[bytes] | None]] = deque()
         self._ahead = Ahead(
             _members(raw, where, self._pool, on_damage, self._skipped),
             name=f"read {name}",
@@ -205,19 +220,59 @@ class SourceReader:
                 self._give_up(json, key, reason)
                 continue
             half.hold(self._table)
-            account.samples += 1
-            distance = abs(jpg.entry.ordinal - json.entry.ordinal)
-            account.greatest_distance = max(account.greatest_distance, distance)
-            yield _sample(self._number, key, jpg, json)
+            if self._recoder is None:
+                yield self._whole(jpg, json)
+            else:
+                yield from self._recoded(self._recoder, jpg, json)
+        while self._in_work:
+            yield from self._oldest()
         for key, half in waiting.items():
             missing = "json" if half.kind == "jpg" else "jpg"
             self._give_up(half, key, half.reason or f"no {key}.{missing} in the same source")
         account.skipped += [(s.offset, s.size, s.reason) for s in self._skipped]
 
+    def _whole(self, jpg: "_Half", json: "_Half") -> Sample:
+        self.account.samples += 1
+        distance = abs(jpg.entry.ordinal - json.entry.ordinal)
+        self.account.greatest_distance = max(self.account.greatest_distance, distance)
+        return _sample(self._number, jpg.key, jpg, json)
+
+    def _recoded(self, recoder: Recoder, jpg: "_Half", json: "_Half") -> Iterator[Sample]:
+        """Hand a photograph to the threads; the sample that has now waited long enough, if there is one.
+
+        A fixed number of them wait, however many threads there are: so what is rejected comes to quarantine in the same
+        order on every machine.
+        """
+        packed, held = json.packed, jpg.held
+        assert packed is not None
+        assert held is not None
+        size = recoder.how.size(packed.height, packed.width)
+        task = None
+        if size is not None:
+            task = recoder.threads.submit(_smaller, held, jpg.entry.size, size, recoder.how.quality, f"{jpg.key}.jpg")
+        self._in_work.append((jpg, json, task))
+        if len(self._in_work) > _IN_WORK:
+            yield from self._oldest()
+
+    def _oldest(self) -> Iterator[Sample]:
+        jpg, json, task = self._in_work.popleft()
+        if task is not None:
+            try:
+                made = task.result()
+            except SampleRejected as error:
+                self._give_up(jpg, jpg.key, str(error))
+                self._give_up(json, jpg.key, str(error))
+                return
+            jpg.release(self._pool)
+            buffer = _room(self._pool, len(made))
+            buffer.view[tar.BLOCK : tar.BLOCK + len(made)] = made
+            jpg.held, jpg.size = self._table.hold(buffer), len(made)
+        yield self._whole(jpg, json)
+
     def _half(self, member: _Member) -> "_Half":
         buffer = member.buffer
         assert buffer is not None
-        half = _Half(member.entry, member.kind, member.key, buffer)
+        half = _Half(member.entry, member.kind, member.key, buffer, size=member.entry.size)
         try:
             content = buffer.view[tar.BLOCK : tar.BLOCK + member.entry.size]
             if member.kind == "jpg":
@@ -273,6 +328,8 @@ class _Half:
     key: str
     buffer: Buffer | None
     """A jpg, packed annotations, or the json itself where it was rejected."""
+    size: int = 0
+    """Bytes of a jpg as it will be stored."""
     held: Held | None = None
     packed: Packed | None = None
     packed_size: int = 0
@@ -298,6 +355,11 @@ class _Half:
         self.held = self.buffer = None
 
 
+def _smaller(held: Held, length: int, size: tuple[int, int], quality: int, where: str) -> bytes:
+    """A photograph made smaller; runs in a thread of the recoder's."""
+    return recoding.recode(held.load()[tar.BLOCK : tar.BLOCK + length], size, quality, where)
+
+
 def _disagreement(jpg: _Half, json: _Half) -> str | None:
     header, packed = jpg.jpeg, json.packed
     assert header is not None
@@ -320,7 +382,7 @@ def _sample(number: int, key: str, jpg: _Half, json: _Half) -> Sample:
         jpg_ordinal=jpg.entry.ordinal,
         json_ordinal=json.entry.ordinal,
         jpg=jpg.held,
-        jpg_size=jpg.entry.size,
+        jpg_size=jpg.size,
         packed=json.held,
         packed_size=json.packed_size,
         annotations=packed.annotations,
