@@ -585,9 +585,7 @@ def _join(header: bytes, tensors: list[npt.NDArray[Any]], allocate: Allocate) ->
     return member
 
 
-def pack_any(
-    document: bytes, key: str, allocate: Allocate = _fresh, recoding: Recoding | None = None
-) -> Packed:
+def pack_any(document: bytes, key: str, allocate: Allocate = _fresh, recoding: Recoding | None = None) -> Packed:
     """What `Packer.pack` does, for any document, without the kernel: the general path, and the kernel's oracle."""
     where = f"{key}.json"
     try:

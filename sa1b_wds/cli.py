@@ -113,6 +113,8 @@ def plan(
     shard_size: Size = None,
     mix: int | None = None,
     seed: int | None = None,
+    max_side: int | None = None,
+    quality: int | None = None,
     assume_size: Size = None,
     dry_run: bool | None = None,
     config: Config = None,
@@ -135,14 +137,21 @@ def plan(
         Source tars that a task reads together, and mixes in its shards (4).
     seed
         Of the grouping (0).
+    max_side
+        Photographs whose longest side has more pixels are stored at this size; masks, boxes and points stay in pixels
+        of the original. Without it they keep their bytes.
+    quality
+        JPEG quality of those, 1 to 100 (90).
     assume_size
         Bytes to assume for a source whose size cannot be asked for.
     dry_run
         Print the plan and write nothing.
     """
     given: dict[str, object] = {"shard_size": shard_size, "mix": mix, "seed": seed, "assume_size": assume_size}
+    given |= {"max_side": max_side, "quality": quality}
     given |= {"links": links, "only": only}
     o = options.load(config, options.Plan, sources=sources, out=out, dry_run=dry_run, **given)
+    _quality_of_something(quality, o)
     from .convert import write_plan
     from .storage import Destination
 
@@ -159,13 +168,20 @@ def plan(
 def _plan(o: "options.Plan | options.Convert") -> "tuple[Plan, dict[str, str]]":
     """The plan, and where its sources lie."""
     from .convert import plan_sources, survey
+    from .recoding import recoding
 
     _required(o.out, "--out")
     links = _links(o)
     found = survey(o.sources if links else _required(o.sources, "SOURCES"), o.assume_size, links)
     _outside(o.out, [url for url, _ in found.values()])
-    made = plan_sources(found, shard_size=int(o.shard_size), mix=o.mix, seed=o.seed)
+    how = recoding(o.max_side, o.quality) if o.max_side is not None else None
+    made = plan_sources(found, shard_size=int(o.shard_size), mix=o.mix, seed=o.seed, recoding=how)
     return made, {name: url for name, (url, _) in found.items()}
+
+
+def _quality_of_something(quality: int | None, o: "options.Plan | options.Convert") -> None:
+    if quality is not None and o.max_side is None:
+        raise UsageError("--quality", "is that of photographs made smaller: give --max-side too")
 
 
 def _outside(out: str | None, urls: list[str]) -> None:
@@ -197,10 +213,11 @@ def _say_plan(made: "Plan") -> None:
 
     sizes = made.expected_sizes()
     total = sum(source.size for source in made.sources)
+    smaller = f"; photographs of at most {made.max_side:,} pixels: shards will be smaller" if made.recoding else ""
     _say(
         f"{len(made.sources):,} sources, {megabytes(total)} → {made.shards:,} shards "
         f"of about {megabytes(total / made.shards)} in {len(made.tasks):,} tasks; "
-        f"largest/smallest expected {max(sizes) / min(sizes):.3f}"
+        f"largest/smallest expected {max(sizes) / min(sizes):.3f}{smaller}"
     )
 
 
@@ -221,6 +238,8 @@ def convert(
     shard_size: Size = None,
     mix: int | None = None,
     seed: int | None = None,
+    max_side: int | None = None,
+    quality: int | None = None,
     assume_size: Size = None,
     on_damage: Literal["fail", "salvage"] | None = None,
     pairing_buffer: Size = None,
@@ -251,6 +270,11 @@ def convert(
         Source tars that a task reads together, and mixes in its shards (4).
     seed
         Of the grouping of sources (0).
+    max_side
+        Photographs whose longest side has more pixels are stored at this size; masks, boxes and points stay in pixels
+        of the original. Without it they keep their bytes.
+    quality
+        JPEG quality of those, 1 to 100 (90).
     assume_size
         Bytes to assume for a source whose size cannot be asked for.
     on_damage
@@ -268,7 +292,7 @@ def convert(
     from .status import command
     from .storage import Destination
 
-    planning = {"shard_size": shard_size, "mix": mix, "seed": seed}
+    planning = {"shard_size": shard_size, "mix": mix, "seed": seed, "max_side": max_side, "quality": quality}
     o = options.load(
         config,
         options.Convert,
@@ -287,6 +311,7 @@ def convert(
     )
     destination = Destination(_required(o.out, "--out"))
     if task is None:
+        _quality_of_something(quality, o)
         made, locations = _plan(o)
         write_plan(destination, made)
     else:
@@ -298,8 +323,13 @@ def convert(
         links_ = _links(o)
         locations = locate(o.sources if links_ else _required(o.sources, "SOURCES"), links_)
         _outside(o.out, list(locations.values()))
+    count = o.workers or max(1, engines.cores() // 2)
     how = Options(
-        on_damage=o.on_damage, pairing_buffer=int(o.pairing_buffer), scratch=o.scratch, max_quarantine=o.max_quarantine
+        on_damage=o.on_damage,
+        pairing_buffer=int(o.pairing_buffer),
+        scratch=o.scratch,
+        max_quarantine=o.max_quarantine,
+        threads=max(1, engines.cores() // min(count, len(made.tasks))),
     )
     # A task takes its options from the plan, where the command for all of them would have to say them.
     whole = structs.replace(o, shard_size=options.Size(made.shard_size), mix=made.mix, seed=made.seed)
@@ -311,7 +341,6 @@ def convert(
             _say(f"{len(made.tasks) - len(tasks):,} of {len(made.tasks):,} tasks are done already")
     else:
         tasks = tasks_of(task, len(made.tasks), os.environ)
-    count = o.workers or max(1, engines.cores() // 2)
     _run(job, tasks, count)
     if task is None:
         manifest = finalize(destination)
@@ -327,8 +356,9 @@ def _same_options(where: str, made: "Plan", o: options.Convert, said: list[str])
     """A task takes its options from the plan; those said again, there or in its config, must be the same."""
     for name in said:
         here, there = getattr(o, name), getattr(made, name)
-        if here != there:
-            raise PlanMismatch(where, f"another plan is there: {name} is {there:,} in it, {here:,} here")
+        if here != there and (name != "quality" or made.recoding is not None):
+            shown = [f"{value:,}" if value is not None else "not given" for value in (there, here)]
+            raise PlanMismatch(where, f"another plan is there: {name} is {shown[0]} in it, {shown[1]} here")
 
 
 def _run(job: "Job", tasks: list[int], workers: int) -> None:
@@ -553,10 +583,18 @@ def verify(
 
 
 @app.command
-def restore(dest: str | None = None, /, *, out: str | None = None, config: Config = None) -> None:
+def restore(
+    dest: str | None = None,
+    /,
+    *,
+    out: str | None = None,
+    json_only: bool | None = None,
+    config: Config = None,
+) -> None:
     """Write the source tars again: every jpg and json byte for byte, pairs adjacent.
 
     Example: sa1b-wds restore /data/shards --out /data/tars
+    Example: sa1b-wds restore /data/small --json-only --out /data/json
 
     Parameters
     ----------
@@ -564,15 +602,17 @@ def restore(dest: str | None = None, /, *, out: str | None = None, config: Confi
         The folder of the data set.
     out
         The folder for the tars.
+    json_only
+        Leave the photographs out; all that can be done where they were made smaller.
     """
     from .progress import bytes_display
     from .restore import restore as run
     from .storage import Destination
 
-    o = options.load(config, options.Restore, dest=dest, out=out)
+    o = options.load(config, options.Restore, dest=dest, out=out, json_only=json_only)
     destination, folder = Destination(_required(o.dest, "DEST")), _required(o.out, "--out")
     with bytes_display("restoring") as report:
-        done = run(destination, folder, report=report)
+        done = run(destination, folder, json_only=o.json_only, report=report)
     _say(f"{folder}: {done}")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from . import tar
+from . import images, recoding, tar
 from .accounts import Held, quarantine
 from .ahead import Ahead
 from .buffers import Buffer, Pool
@@ -15,6 +15,7 @@ from .format import MEMBER_LIMIT
 from .inflate import open_bytes
 from .layout import JPG, PACKED, parse_header
 from .manifest import FileFact, ShardFact, SourceFact, load_receipt, quarantine_stem, receipt_name
+from .plan import Recoding
 from .ranged import open_ranged
 from .restore import Places, original_json
 from .source import OnDamage
@@ -32,8 +33,9 @@ def compare(
     task: int,
     shards: list[ShardFact],
     files: list[FileFact],
+    how: Recoding | None = None,
 ) -> Found:
-    """One source, member by member, against the samples that came from it."""
+    """One source, member by member, against its samples; `how` their photographs were made smaller."""
     found = Found()
     try:
         on_damage = load_receipt(destination.read(receipt_name(task)), destination.place(receipt_name(task))).on_damage
@@ -42,7 +44,7 @@ def compare(
     except (DataError, StorageError) as error:
         found.error(error)
         return found
-    comparison = _Comparison(url, places, held, destination.place(f"{quarantine_stem(task)}.members"), found)
+    comparison = _Comparison(url, places, held, destination.place(f"{quarantine_stem(task)}.members"), found, how)
     raw = _Told(open_raw(url), tell)
     try:
         comparison.read(raw, "salvage" if on_damage == "salvage" else "fail", fact)
@@ -70,8 +72,11 @@ class _Told:
 class _Comparison:
     """Looks up the members of one source."""
 
-    def __init__(self, url: str, places: Places, held: dict[int, Held], members: str, found: Found) -> None:
+    def __init__(
+        self, url: str, places: Places, held: dict[int, Held], members: str, found: Found, how: Recoding | None
+    ) -> None:
         self._url, self._places, self._held, self._members, self._found = url, places, held, members, found
+        self._how = how
         self._place = {f"sa_{i}": n for n, i in enumerate(places.rows["image_id"].tolist())}
         self._hits = np.zeros((len(places), 2), bool)
         self._head = memoryview(bytearray(tar.BLOCK))
@@ -184,12 +189,23 @@ class _Comparison:
         place = self._places.where(i)
         try:
             copy = self._jpg(i, place) if kind == 0 else self._json(i, key, place)
+            wanted = self._stored(data if data is not None else memoryview(b""), suffix, key)
         except (DataError, StorageError) as error:
             self._found.error(error)
             return
-        at = first_difference(data if data is not None else b"", copy)
+        at = first_difference(wanted, copy)
         if at is not None:
-            self._found.add(place, f"not {where}: differs at byte {at:,}", entry.size, len(copy))
+            what = f"not {where}" if self._how is None or kind else f"not {where}, as the plan stores it"
+            self._found.add(place, f"{what}: differs at byte {at:,}", len(wanted), len(copy))
+
+    def _stored(self, data: memoryview, suffix: str, key: str) -> memoryview | bytes:
+        """What the data set must have of a member of the source."""
+        if self._how is None or suffix != "jpg":
+            return data
+        where = f"{self._url}: {key}.jpg"
+        head = images.header(data, where)
+        size = self._how.size(head.height, head.width)
+        return data if size is None else recoding.recode(data, size, self._how.quality, where)
 
     def _jpg(self, i: int, place: str) -> memoryview:
         """The jpg of sample i as its shard has it."""

@@ -79,6 +79,10 @@ class _Planning(Section, frozen=True, kw_only=True):
     """Source tars that a task reads together."""
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
     """Of the grouping of sources."""
+    max_side: Annotated[int, Meta(ge=16, le=65_535)] | None = None
+    """Pixels: longest side of the stored photographs; None: they keep their bytes."""
+    quality: Annotated[int, Meta(ge=1, le=100)] = 90
+    """JPEG quality of those that are made smaller."""
     assume_size: Size | None = None
     """Bytes of a source whose size cannot be asked for."""
 
@@ -149,6 +153,8 @@ class Restore(Section, frozen=True, kw_only=True):
     """The data set."""
     out: Path | None = None
     """Folder for the tars."""
+    json_only: bool = False
+    """Leave the photographs out."""
 
 
 class Export(Section, frozen=True, kw_only=True):

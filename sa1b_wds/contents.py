@@ -15,6 +15,7 @@ from .errors import DataError, SampleRejected, ShardDamaged, StorageError
 from .format import ROW
 from .layout import JPG, PACKED, image_id_of, parse_header
 from .manifest import FileFact, ShardFact
+from .plan import Recoding
 from .restore import original_json
 from .storage import Destination, open_raw
 
@@ -25,7 +26,12 @@ _ZERO = bytes(tar.BLOCK)
 class _Local(threading.local):
     def __init__(self) -> None:
         self.view = memoryview(bytearray(MIB))
-        self.packer: Packer | None = None
+        self._packers: dict[Recoding | None, Packer] = {}
+
+    def packer(self, recoding: Recoding | None) -> Packer:
+        if recoding not in self._packers:
+            self._packers[recoding] = Packer(recoding)
+        return self._packers[recoding]
 
 
 _local = _Local()
@@ -85,8 +91,10 @@ def check_files(tell: Tell, destination: Destination, facts: Sequence[FileFact |
     return found
 
 
-def check_shard(tell: Tell, destination: Destination, fact: ShardFact, deep: bool) -> Found:
-    """A shard and its side files."""
+def check_shard(
+    tell: Tell, destination: Destination, fact: ShardFact, deep: bool, recoding: Recoding | None = None
+) -> Found:
+    """A shard and its side files; `recoding`: how the manifest says that photographs were made smaller."""
     found = check_files(tell, destination, fact.files)
     if not deep:
         found.merge(check_files(tell, destination, [fact]))
@@ -96,7 +104,7 @@ def check_shard(tell: Tell, destination: Destination, fact: ShardFact, deep: boo
     except StorageError as error:
         found.error(error)
         return found
-    shard = _Shard(destination.place(fact.name), found)
+    shard = _Shard(destination.place(fact.name), found, recoding)
     try:
         whole = True
         try:
@@ -117,8 +125,9 @@ def check_shard(tell: Tell, destination: Destination, fact: ShardFact, deep: boo
 class _Shard:
     """What a shard holds, parsed to its last byte."""
 
-    def __init__(self, where: str, found: Found) -> None:
-        self._where, self._found = where, found
+    def __init__(self, where: str, found: Found, recoding: Recoding | None) -> None:
+        self._where, self._found, self._recoding = where, found, recoding
+        self._packer = _local.packer(recoding)
         self.offsets = [0]
         self.keys: list[str] = []
         self.crc32: list[int] = []
@@ -182,23 +191,23 @@ class _Shard:
 
     def _sample(self, key: str, jpg: memoryview, member: memoryview, where: str) -> None:
         """One sample's content."""
-        if _local.packer is None:
-            _local.packer = Packer()
         try:
             image_id_of(key, where)
             columns, document = original_json(member, key, where)
             self.annotations += len(columns)
             self.stored_sources += columns.source_json is not None
-            again = _local.packer.pack(document, key)
+            wanted = self._recoding.size(columns.height, columns.width) if self._recoding is not None else None
+            self._found.same(where, "stored size (height, width)", wanted, columns.stored_size)
+            again = self._packer.pack(document, key)
             self.area_mismatches += again.area_mismatches
             at = first_difference(member, again.member)
-            if at is not None:
+            if at is not None and wanted == columns.stored_size:
                 sizes = f"{len(member):,} and {len(again.member):,} bytes"
                 self._found.add(where, f"packing its document again gives other bytes, from {at:,} on", found=sizes)
             header = images.header(jpg, f"{where}.jpg")
-            wanted, there = f"{columns.height} x {columns.width}", f"{header.height} x {header.width}"
-            if wanted != there:
-                self._found.add(f"{where}.jpg", "its header disagrees with the annotations", wanted, there)
+            if columns.jpg_size != (header.height, header.width):
+                expected, there = "{} x {}".format(*columns.jpg_size), f"{header.height} x {header.width}"
+                self._found.add(f"{where}.jpg", "its header disagrees with the annotations", expected, there)
         except SampleRejected as error:
             inside = error.where.removeprefix(where).removeprefix(": ")
             self._found.add(f"{where}: {inside}", error.what, error.expected, error.found)

@@ -1,10 +1,10 @@
 """Photographs made smaller: the same bytes on every machine, with any number of threads.
 
-A photograph whose longest side is more than `max_side` is decoded at full size (accurate DCT, smooth chroma), brought to
-its new size, and encoded again (baseline, accurate DCT, 4:2:0; grey stays grey). A pixel of the new size is the mean of
-the area that it covers, computed in whole numbers and rounded half up: no library's resize, whose vector code differs
-from machine to machine. Of JPEG decoding and encoding libjpeg-turbo says that its accurate DCT is exact whatever the
-processor; `encoder` holds it to that: it is a digest of what this machine makes of a fixed picture. It stands in the
+A photograph whose longest side is more than `max_side` is decoded at full size (accurate DCT, smooth chroma), brought
+to its new size, and encoded again (baseline, accurate DCT, 4:2:0; grey stays grey). A pixel of the new size is the mean
+of the area that it covers, computed in whole numbers and rounded half up: no library's resize, whose vector code
+differs from machine to machine. libjpeg-turbo's accurate DCT gives the same with any processor's vector instructions
+and without (the tests try both). `encoder` is a digest of what this machine makes of a fixed picture; it stands in the
 plan, and a task on a machine that has another one refuses to begin.
 
 EXIF and colour profiles are not kept. No orientation is applied: masks refer to the pixels as they are stored.
@@ -13,7 +13,6 @@ EXIF and colour profiles are not kept. No orientation is applied: masks refer to
 import hashlib
 import threading
 from functools import cache
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,8 +47,9 @@ def check(wanted: Recoding) -> None:
         PlanMismatch: the JPEG library here is not the one that it was planned with, nor one that gives the same.
     """
     if encoder() != wanted.encoder:
-        here = f"simplejpeg {version('simplejpeg')}"
-        what = f"{here} on this machine makes other JPEGs than the plan was made with: install the version used there"
+        what = (
+            f"{images.libraries()} here make other JPEGs than the plan was made with: install the versions used there"
+        )
         raise PlanMismatch("--max-side", what, wanted.encoder, encoder())
 
 
@@ -106,7 +106,7 @@ def shrunk(pixels: U8, height: int, width: int) -> U8:
 
 @jit
 def _shrink(pixels: U8, out: U8, row: I32) -> None:
-    """Row i of H covers i · h / H to (i + 1) · h / H: in units of 1/H, i · h to (i + 1) · h, and a source row is H long.
+    """Row i of H covers i · h / H to (i + 1) · h / H: in units of 1/H, i · h to (i + 1) · h; a source row is H long.
 
     The weights of a target pixel add up to h · w; 255 times that is less than 2³⁶, and a quotient of two such numbers
     in float64, correctly rounded, never reaches a whole number from below.

@@ -40,6 +40,8 @@ class Accounts:
 
     sources: int
     samples: int
+    members: int
+    """That were written: two a sample, or its json."""
     bytes: int
     """Of the tars."""
     quarantined: int
@@ -50,28 +52,39 @@ class Accounts:
     def __str__(self) -> str:
         left = f"; {self.quarantined:,} quarantined and {self.ignored:,} ignored members are not in them"
         return (
-            f"{self.sources:,} tars with {2 * self.samples:,} members, {self.bytes:,} bytes"
+            f"{self.sources:,} tars with {self.members:,} members, {self.bytes:,} bytes"
             f"{left if self.quarantined or self.ignored else ''}"
         )
 
 
 def restore(
-    destination: Destination, out: Path, *, report: Callable[[int, int], None] = lambda done, total: None
+    destination: Destination,
+    out: Path,
+    *,
+    json_only: bool = False,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accounts:
     """Write a tar for every source, `out/<name>`, with the members `./sa_<id>.jpg` and `./sa_<id>.json`.
 
     Args:
         destination: a finished data set.
         out: a folder, outside of the data set.
+        json_only: leave the jpgs out.
         report: gets bytes of shards done and in all.
 
     Raises:
-        UsageError: `out` lies in the data set, or has a file of one of these names.
+        UsageError: `out` lies in the data set, or has a file of one of these names; or photographs were made smaller,
+            so that the source's are not there, and `json_only` is not set.
         FormatError, ShardDamaged: the data set is not what its manifest says. The tars finished before stay.
     """
     where = destination.place(MANIFEST_NAME)
     manifest = load_manifest(destination.read(MANIFEST_NAME), where)
+    if not manifest.has_images:
+        raise UsageError(destination.where, "annotations alone: restore from the data set that they were exported from")
     plan = read_plan(destination, manifest)
+    if plan.recoding is not None and not json_only:
+        what = f"its photographs were made smaller (--max-side {plan.recoding.max_side}): the source's are not there"
+        raise UsageError(destination.where, f"{what}; --json-only restores the rest")
     folder = Destination(str(out))
     if destination.holds(str(out)):
         raise UsageError(str(out), "lies in the data set: readers would take the tars for shards")
@@ -88,7 +101,7 @@ def restore(
             for number in task.sources:
                 places = Places(destination, shards, number)
                 with folder.attempt(f"restore-{number:06d}") as attempt:
-                    restored += _restore_one(attempt, plan.sources[number].name, places, counter)
+                    restored += _restore_one(attempt, plan.sources[number].name, places, counter, json_only)
                     if not attempt.publish_one(plan.sources[number].name):
                         raise _is_there(folder, plan.sources[number].name)
     finally:
@@ -98,6 +111,7 @@ def restore(
     return Accounts(
         sources=len(facts),
         samples=sum(fact.samples for fact in facts),
+        members=sum(fact.samples for fact in facts) * (1 if json_only else 2),
         bytes=restored,
         quarantined=sum(fact.quarantined for fact in facts),
         ignored=sum(sum(fact.ignored.values()) for fact in facts),
@@ -277,7 +291,7 @@ def _samples(places: Places, pool: Pool) -> Iterator[_Restored]:
         yield _Restored(key, padded, len(jpg), original_json(member, key, where)[1], buffer)
 
 
-def _restore_one(attempt: Attempt, name: str, places: Places, counter: _Counter) -> int:
+def _restore_one(attempt: Attempt, name: str, places: Places, counter: _Counter, json_only: bool) -> int:
     """Write one source's tar into the attempt; its bytes."""
     pool = Pool(idle=32 * MIB)
     # Reading, checking and rebuilding go on while the bytes before are written.
@@ -293,7 +307,7 @@ def _restore_one(attempt: Attempt, name: str, places: Places, counter: _Counter)
     try:
         for sample in ahead:
             jpg, json = f"./{sample.key}.jpg", f"./{sample.key}.json"
-            pieces: list[bytes | memoryview] = [tar.header(jpg, sample.jpg_size), sample.jpg]
+            pieces: list[bytes | memoryview] = [] if json_only else [tar.header(jpg, sample.jpg_size), sample.jpg]
             pieces += [tar.header(json, len(sample.json)), sample.json, bytes(tar.padding(len(sample.json)))]
             writer.write(pieces)
             written += sum(map(len, pieces))

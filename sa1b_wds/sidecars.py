@@ -65,10 +65,11 @@ def _card(totals: Totals, images: bool, recoding: Recoding | None) -> bytes:
     jpg = "  - name: jpg\n    dtype: image\n" if images else ""
     if images and recoding is not None:
         members = (
-            f"Each sample is two members: `sa_<id>.jpg`, the photograph at {recoding.max_side:,} pixels on its longest side\n"
-            f"(JPEG quality {recoding.quality}; smaller ones have the bytes that Meta published), and `sa_<id>.safetensors`, all\n"
-            "annotations of the image as columns, in pixels of the original. `manifest.json` lists every shard with its\n"
-            "size, counts and SHA-256."
+            "Each sample is two members: `sa_<id>.jpg`, the photograph with at most "
+            f"{recoding.max_side:,} pixels on its longest\nside (JPEG quality {recoding.quality}; "
+            "those that had no more are as Meta published them), and `sa_<id>.safetensors`,\n"
+            "all annotations of the image as columns, in pixels of the original. `manifest.json` lists every shard\n"
+            "with its size, counts and SHA-256."
         )
     elif images:
         members = (

@@ -6,10 +6,12 @@
     deep       the shards are parsed as well (one pass for both): headers byte for byte, padding zero, whole pairs, the
                two end blocks and nothing behind them. Each packed member is unpacked, its document rebuilt, and packed
                again: the same bytes must come out. That walk decodes every RLE, sums its runs to h · w and counts
-               the areas that differ from what is stated (a number the manifest has too). jpg headers against h, w;
+               the areas that differ from what is stated (a number the manifest has too). jpg headers against h, w,
+               or the stored size, and that against the plan;
                every index against what the shards hold; the dealing replayed from the rows.
     against    each source is read once from end to end, and every member looked up by key and compared byte for byte;
-               what is not a sample must be in quarantine, byte for byte too, or counted as ignored.
+               what is not a sample must be in quarantine, byte for byte too, or counted as ignored. Photographs
+               that were made smaller are made smaller once more: every byte of the result must be there.
 
 Each finds what the one before cannot, if somebody has recomputed every digest: `deep` a changed area or a run that no
 longer fits, only `against` two photographs of one size that were exchanged.
@@ -25,6 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import recoding
 from .accounts import check_keys, check_task
 from .comparison import compare
 from .contents import check_files, check_shard
@@ -65,6 +68,7 @@ def verify(
         At most 1,000 differences; if there were more, the last one says how many.
 
     Raises:
+        PlanMismatch: `against` photographs that were made smaller, with a JPEG library that gives other bytes.
         NotFound, StorageError: a source of `against` that cannot be opened, or a worker that died. Nothing that is
             wrong below the destination raises.
     """
@@ -76,9 +80,11 @@ def verify(
     plan = check_facts(destination, manifest, found)
     check_strays(destination, manifest, found)
     jobs = [_Job(check_files, (destination, manifest.files))]
-    jobs += [_Job(check_shard, (destination, shard, deep)) for shard in manifest.shards]
+    jobs += [_Job(check_shard, (destination, shard, deep, manifest.recoding)) for shard in manifest.shards]
     total = sum(f.bytes for f in manifest.files) + sum(s.bytes + sum(f.bytes for f in s.files) for s in manifest.shards)
     if plan is not None:
+        if sources and plan.recoding is not None:
+            recoding.check(plan.recoding)
         if deep:
             jobs.append(_Job(check_keys, (destination, manifest.shards)))
             jobs += [_Job(check_task, (destination, *about)) for about in tasks_done(manifest, plan)]
@@ -105,7 +111,7 @@ def _comparisons(
         else:
             index, _, shards, _, files = about[number]
             fact = manifest.sources[number]
-            yield _Job(compare, (destination, url, number, fact, index, shards, files))
+            yield _Job(compare, (destination, url, number, fact, index, shards, files, plan.recoding))
 
 
 class _Job(NamedTuple):

@@ -16,7 +16,7 @@ from sa1b_wds import engines
 from sa1b_wds.annotations import restore, unpack
 from sa1b_wds.convert import Job, Options, missing_tasks, run_task, survey, write_plan
 from sa1b_wds.manifest import Manifest, Receipt, SourceFact
-from sa1b_wds.plan import Plan, Source, Task, make_plan
+from sa1b_wds.plan import Plan, Recoding, Source, Task, make_plan
 from sa1b_wds.publication import finalize
 from sa1b_wds.storage import Destination
 
@@ -35,10 +35,18 @@ def write(folder: Path, sources: Mapping[str, bytes]) -> list[Path]:
     return [folder / name for name in sources]
 
 
-def planned(paths: Sequence[Path], *, shards: int | Sequence[int] | None = None, mix: int = 4, seed: int = 0) -> Plan:
+def planned(
+    paths: Sequence[Path],
+    *,
+    shards: int | Sequence[int] | None = None,
+    mix: int = 4,
+    seed: int = 0,
+    recoding: Recoding | None = None,
+) -> Plan:
     """The plan of these sources; `shards`: of each task, however few bytes there are."""
     sources = [Source(name=p.name, size=max(1, p.stat().st_size)) for p in paths]
-    plan = make_plan(sources, shard_size=1 << 20 if shards is None else 1 << 50, mix=mix, seed=seed)
+    size = 1 << 20 if shards is None else 1 << 50
+    plan = make_plan(sources, shard_size=size, mix=mix, seed=seed, recoding=recoding)
     if shards is None:
         return plan
     counts = [shards] * len(plan.tasks) if isinstance(shards, int) else list(shards)
@@ -57,10 +65,11 @@ def job_of(
     mix: int = 4,
     seed: int = 0,
     plan: Plan | None = None,
+    recoding: Recoding | None = None,
     **options: Any,
 ) -> Job:
     """A job with its plan written below `dest`; `options` are those of convert.Options."""
-    plan = plan or planned(paths, shards=shards, mix=mix, seed=seed)
+    plan = plan or planned(paths, shards=shards, mix=mix, seed=seed, recoding=recoding)
     destination = Destination(str(dest))
     write_plan(destination, plan)
     return Job(

@@ -490,7 +490,8 @@ def test_another_plan_on_the_same_destination_is_refused_and_says_what_differs(
     convert_folder(str(sources), str(room))
     before = tree(room)
     found = [Source(name=p.name, size=p.stat().st_size) for p in sources.iterdir()]
-    other = make_plan(found, **{"shard_size": 1 << 20, "mix": 1, "seed": 0, **changes})
+    options: dict[str, Any] = {"shard_size": 1 << 20, "mix": 1, "seed": 0, **changes}
+    other = make_plan(found, **options)
     with pytest.raises(PlanMismatch) as caught:
         write_plan(Destination(str(room)), other)
     assert str(caught.value) == f"{room}/plan.json: another plan is there; use another --out, or its options: {said}"

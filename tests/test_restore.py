@@ -144,8 +144,8 @@ def test_every_member_comes_back_byte_for_byte(sources: list[Path], tmp_path: Pa
         done = restore(destination, tmp_path / "out", report=lambda a, b: seen.append((a, b)))
     assert seen[-1][0] == seen[-1][1] == sum(p.stat().st_size for p in (tmp_path / "dest").glob("*.tar"))
     assert sorted(seen) == seen
-    size = sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
-    assert done == Accounts(sources=3, samples=19 + len(FORMS) + 13, bytes=size, quarantined=0, ignored=0)
+    size, n = sum(p.stat().st_size for p in (tmp_path / "out").iterdir()), 19 + len(FORMS) + 13
+    assert done == Accounts(sources=3, samples=n, members=2 * n, bytes=size, quarantined=0, ignored=0)
     assert str(done) == f"3 tars with {2 * done.samples} members, {size:,} bytes"
     check_restored(sources[:2], _only(tmp_path / "out", "sa_000002.tar"))
     # A folder in the source is not kept.

@@ -154,7 +154,7 @@ def reseal(dest: Path, *, indexes: bool = True, shards: Callable[[ShardFact], Sh
         path.write_bytes(msgspec.structs.replace(receipt, shards=again, quarantine=quarantine).to_bytes())
     resealed = [facts[s.name] for s in manifest.shards]
     sums = totals([s for s in manifest.sources if s is not None], resealed)
-    for name, text in sidecars.files(plan.digest, sums, resealed):
+    for name, text in sidecars.files(plan.digest, sums, resealed, recoding=plan.recoding):
         (dest / name).write_bytes(text)
     files = [file_fact(f.name, (dest / f.name).read_bytes()) for f in manifest.files]
     replaced = msgspec.structs.replace(manifest, shards=resealed, files=files, totals=sums)
