@@ -680,7 +680,20 @@ def _check_size(where: str, height: int, width: int) -> None:
         raise SampleRejected(where, "size beyond the limits", limit, f"{height} x {width}")
 
 
-def _areas(where: str, counts: U8, offsets: I64, sizes: I64, own: bool, image: _Image) -> I64:
+def areas(a: Annotations, where: str) -> I64:
+    """[n] pixels of each mask, from its RLE.
+
+    Raises:
+        FormatError: a string that is no RLE, or one whose runs do not add up to its size.
+    """
+    sizes = np.empty((0, 2), np.int64) if a.size is None else a.size
+    try:
+        return _areas(where, a.counts, a.offsets, sizes, a.size is not None, a)
+    except SampleRejected as error:
+        raise FormatError(error.where, error.what, error.expected, error.found) from None
+
+
+def _areas(where: str, counts: U8, offsets: I64, sizes: I64, own: bool, image: _Image | Annotations) -> I64:
     """Areas of all RLEs, each checked."""
     if not own:
         try:

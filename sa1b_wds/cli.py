@@ -626,9 +626,11 @@ def export(
     parquet: bool | None = None,
     coco: bool | None = None,
     split: str | None = None,
+    workers: int | None = None,
+    check: bool | None = None,
     config: Config = None,
 ) -> None:
-    """The annotations without the photographs: shards, Parquet or COCO's JSON. Reads every selected sample once.
+    """The annotations without the photographs: shards, Parquet or COCO's JSON. Reads a few percent of the shards.
 
     Example: sa1b-wds export /data/shards --annotations-only --out /data/annotations
     Example: sa1b-wds export /data/shards --parquet --out masks.parquet
@@ -648,13 +650,17 @@ def export(
         One COCO JSON, boxes in COCO's convention; for a subset, since its readers hold it in memory.
     split
         Which samples: train, train[:1%], train[100:200], sums with +.
+    workers
+        Processes (1); what is written does not depend on it.
+    check
+        Read every sample whole, photographs too, and hold it against its CRC-32.
     """
     from . import export as exports
     from .dataset import open
     from .progress import bytes_display, megabytes
 
     given = {"annotations_only": annotations_only, "parquet": parquet, "coco": coco}
-    o = options.load(config, options.Export, dest=dest, out=out, split=split, **given)
+    o = options.load(config, options.Export, dest=dest, out=out, split=split, workers=workers, check=check, **given)
     kinds = {"annotations_only": exports.annotations_only, "parquet": exports.parquet, "coco": exports.coco}
     # What the command line asks for wins over what the file asks for.
     chosen = [name for name in kinds if given[name]] or [name for name in kinds if getattr(o, name)]
@@ -662,7 +668,7 @@ def export(
         raise UsageError("export", "what to write", "one of --annotations-only, --parquet, --coco", len(chosen))
     ds, place = open(_required(o.dest, "DEST"), split=o.split), str(_required(o.out, "--out"))
     with bytes_display("exporting") as report:
-        done = kinds[chosen[0]](ds, place, report=report)
+        done = kinds[chosen[0]](ds, place, report=report, workers=o.workers, check=o.check)
     files = f"{done.files:,} shards, " if chosen == ["annotations_only"] else ""
     _say(f"{place}: {done.samples:,} images, {done.annotations:,} masks, {files}{megabytes(done.bytes)}")
 

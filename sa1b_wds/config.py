@@ -172,6 +172,10 @@ class Export(Section, frozen=True, kw_only=True):
     """One COCO JSON."""
     split: str = "train"
     """Which samples, in TFDS' slice notation."""
+    workers: Count = 1
+    """Processes."""
+    check: bool = False
+    """Read every sample whole, and hold it against its CRC-32."""
 
 
 class Stats(Section, frozen=True, kw_only=True):

@@ -92,9 +92,19 @@ def check_files(tell: Tell, destination: Destination, facts: Sequence[FileFact |
 
 
 def check_shard(
-    tell: Tell, destination: Destination, fact: ShardFact, deep: bool, recoding: Recoding | None = None
+    tell: Tell,
+    destination: Destination,
+    fact: ShardFact,
+    deep: bool,
+    recoding: Recoding | None = None,
+    images: bool = True,
 ) -> Found:
-    """A shard and its side files; `recoding`: how the manifest says that photographs were made smaller."""
+    """A shard and its side files.
+
+    Args:
+        recoding: how the manifest says that photographs were made smaller.
+        images: whether it says that samples have a jpg.
+    """
     found = check_files(tell, destination, fact.files)
     if not deep:
         found.merge(check_files(tell, destination, [fact]))
@@ -104,7 +114,7 @@ def check_shard(
     except StorageError as error:
         found.error(error)
         return found
-    shard = _Shard(destination.place(fact.name), found, recoding)
+    shard = _Shard(destination.place(fact.name), found, recoding, images)
     try:
         whole = True
         try:
@@ -125,7 +135,8 @@ def check_shard(
 class _Shard:
     """What a shard holds, parsed to its last byte."""
 
-    def __init__(self, where: str, found: Found, recoding: Recoding | None) -> None:
+    def __init__(self, where: str, found: Found, recoding: Recoding | None, images: bool) -> None:
+        self._images = images
         self._where, self._found, self._recoding = where, found, recoding
         self._packer = _local.packer(recoding)
         self.offsets = [0]
@@ -147,6 +158,9 @@ class _Shard:
             first = self._block(file)
             if first == _ZERO:
                 break
+            if not self._images:
+                self._alone(file, first, packed)
+                continue
             key, size, crc = self._member(file, first, JPG, jpg, 0)
             middle = file.position
             other, length, crc = self._member(file, self._block(file), PACKED, packed, crc)
@@ -170,6 +184,16 @@ class _Shard:
         if not self.keys:
             raise ShardDamaged(f"{self._where}: byte 0", "a shard without a sample")
 
+    def _alone(self, file: _Hashed, first: bytes, packed: "Room") -> None:
+        """A sample that is a packed member alone."""
+        begin = file.position - tar.BLOCK
+        key, length, crc = self._member(file, first, PACKED, packed, 0)
+        self.lines.append(f"safetensors {begin + tar.BLOCK} {length} {key}.safetensors\n")
+        self.offsets.append(file.position)
+        self.keys.append(key)
+        self.crc32.append(crc)
+        self._sample(key, None, packed.view[:length], f"{self._where}: byte {begin:,}: {key}")
+
     def _block(self, file: _Hashed) -> bytes:
         got = file.fill(self._head)
         if got < tar.BLOCK:
@@ -189,7 +213,7 @@ class _Shard:
             self._found.add(f"{where}: {key}{suffix}", "padding that is not zero")
         return key, size, zlib_ng.crc32(view, zlib_ng.crc32(head, crc))
 
-    def _sample(self, key: str, jpg: memoryview, member: memoryview, where: str) -> None:
+    def _sample(self, key: str, jpg: memoryview | None, member: memoryview, where: str) -> None:
         """One sample's content."""
         try:
             image_id_of(key, where)
@@ -204,6 +228,8 @@ class _Shard:
             if at is not None and wanted == columns.stored_size:
                 sizes = f"{len(member):,} and {len(again.member):,} bytes"
                 self._found.add(where, f"packing its document again gives other bytes, from {at:,} on", found=sizes)
+            if jpg is None:
+                return
             header = images.header(jpg, f"{where}.jpg")
             if columns.jpg_size != (header.height, header.width):
                 expected, there = "{} x {}".format(*columns.jpg_size), f"{header.height} x {header.width}"

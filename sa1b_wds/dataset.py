@@ -43,21 +43,32 @@ if TYPE_CHECKING:
     from .images import U8
     from .stream import Stream
 
+_NO_IMAGES = "no photographs here: the annotations alone were exported (export --annotations-only)"
 _SCANNERS = 8  # shards read at once where there is no manifest
 
 
 class Sample:
     """One image with its annotations; its bytes are here and checked, nothing is decoded before it is asked for."""
 
-    def __init__(self, key: str, image_id: int, where: str, jpg: bytes, packed: bytes) -> None:
+    def __init__(self, key: str, image_id: int, where: str, jpg: bytes | None, packed: bytes) -> None:
         self.key, self.image_id, self.where = key, image_id, where
-        self.jpg = jpg
-        """The JPEG as Meta published it."""
+        self._jpg = jpg
         self.packed = packed
         """The member that holds the annotations, in safetensors' format."""
 
     def __repr__(self) -> str:
-        return f"Sample({self.key!r}, {len(self.jpg):,} bytes of JPEG)"
+        return f"Sample({self.key!r}, {'no' if self._jpg is None else f'{len(self._jpg):,} bytes of'} JPEG)"
+
+    @property
+    def jpg(self) -> bytes:
+        """The JPEG as Meta published it, or made smaller: see `annotations.stored_size`.
+
+        Raises:
+            UsageError: the data set has annotations alone.
+        """
+        if self._jpg is None:
+            raise UsageError(self.where, _NO_IMAGES)
+        return self._jpg
 
     @cached_property
     def annotations(self) -> Annotations:
@@ -74,7 +85,7 @@ class Sample:
 
     @cached_property
     def image(self) -> "U8":
-        """(H, W, 3) uint8 RGB at full size."""
+        """(H, W, 3) uint8 RGB, at the size that is stored: `annotations.jpg_size`."""
         from . import images
 
         try:
@@ -176,6 +187,11 @@ class Dataset:
         shards, index = zip(*places, strict=True) if places else ((), ())
         return self._with(Selection.of_places(shards, index))
 
+    @property
+    def has_images(self) -> bool:
+        """Whether samples have a jpg; `export --annotations-only` makes data sets without."""
+        return self.manifest is None or self.manifest.has_images
+
     def stream(self, **options: Any) -> "Stream":
         """An endless supply of batches, an epoch at a time: see `sa1b_wds.stream.Stream` for the options."""
         from .stream import Stream
@@ -222,7 +238,8 @@ class Dataset:
         if isinstance(found, Sa1bError):
             raise found
         try:
-            return Sample(found.key, found.image_id, found.where, bytes(found.jpg), bytes(found.member))
+            jpg = bytes(found.jpg) if self.has_images else None
+            return Sample(found.key, found.image_id, found.where, jpg, bytes(found.member))
         finally:
             found.release()
 
@@ -289,7 +306,7 @@ def _open_manifest(folder: Destination) -> Dataset:
     shards = []
     for fact in manifest.shards:
         place = folder.place(fact.name)
-        find = SideFiles(where=place, fact=fact, read=folder.read)
+        find = SideFiles(where=place, fact=fact, read=folder.read, images=manifest.has_images)
         shards.append(ShardPlace(place, fact.samples, fact.bytes, find))
     counts = [fact.samples for fact in manifest.shards]
     if sum(counts) != manifest.totals.samples:

@@ -54,9 +54,10 @@ FEATURES: Final[dict[str, dict[str, Any]]] = {
 class Sample(Protocol):
     """What an example is made of."""
 
-    jpg: bytes
     where: str
 
+    @property
+    def jpg(self) -> bytes: ...
     @property
     def annotations(self) -> Annotations: ...
 

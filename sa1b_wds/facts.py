@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 
+import msgspec
+
 from . import sidecars
 from .differences import Found
 from .errors import DataError, NotFound, StorageError
+from .layout import PACKED
 from .manifest import (
+    EXPORT_NAME,
     KEYS_NAME,
     MANIFEST_NAME,
     PLAN_NAME,
@@ -14,13 +18,15 @@ from .manifest import (
     Receipt,
     ShardFact,
     SourceFact,
+    exported_name,
     load_manifest,
     load_receipt,
     quarantine_stem,
     receipt_name,
+    side_names,
     totals,
 )
-from .plan import Plan, Task
+from .plan import SHARD_NAME, Plan, Task
 from .restore import read_plan, shards_of
 from .shard import file_fact
 from .storage import Destination
@@ -51,14 +57,14 @@ def read_manifest(destination: Destination, found: Found) -> Manifest | None:
 
 
 def check_facts(destination: Destination, manifest: Manifest, found: Found) -> Plan | None:
-    """Whether manifest, plan, receipts and side files agree; the plan, where it is sound."""
+    """Whether manifest, plan, receipts and side files agree; the plan, where there is one and it is sound."""
     where = destination.place(MANIFEST_NAME)
+    if not manifest.has_images:
+        _check_export(destination, manifest, found)
+        return None
     sums = totals([s for s in manifest.sources if s is not None], manifest.shards)
     found.same(where, "totals", sums, manifest.totals)
-    for shard in manifest.shards:
-        stem = shard.name.removesuffix(".tar")
-        names = [f"{shard.name}.idx", f"index/{stem}.rows", f"index/{stem}.idx"]
-        found.same(f"{where}: {shard.name}", "side files", names, [f.name for f in shard.files])
+    _side_files(manifest, found, where)
     try:
         plan = read_plan(destination, manifest)
     except (DataError, StorageError) as error:
@@ -85,6 +91,34 @@ def check_facts(destination: Destination, manifest: Manifest, found: Found) -> P
             _task_facts(manifest, plan, task, index, found, where)
     found.same(where, "names of its files", sorted(names), [f.name for f in manifest.files])
     return plan
+
+
+def _side_files(manifest: Manifest, found: Found, where: str) -> None:
+    for shard in manifest.shards:
+        found.same(f"{where}: {shard.name}", "side files", list(side_names(shard.name)), [f.name for f in shard.files])
+
+
+def _check_export(destination: Destination, manifest: Manifest, found: Found) -> None:
+    """The same for annotations alone, which have no plan and no sources, but a receipt for each shard."""
+    where, shards = destination.place(MANIFEST_NAME), manifest.shards
+    sums = totals([], shards)
+    found.same(where, "totals", sums, manifest.totals)
+    found.same(where, "members of a sample", [PACKED[1:]], manifest.members)
+    found.same(where, "sources and missing tasks", ([], []), (manifest.sources, manifest.missing_tasks))
+    _side_files(manifest, found, where)
+    expected = [file_fact(name, data) for name, data in sidecars.files(manifest.plan, sums, shards, images=False)]
+    expected += [file_fact(exported_name(i), msgspec.json.encode(shard)) for i, shard in enumerate(shards)]
+    facts = {f.name: f for f in manifest.files}
+    for fact in expected:
+        found.same(f"{where}: {fact.name}", "what follows from the manifest", fact.sha256, _sha256(facts, fact.name))
+    found.same(
+        f"{where}: {EXPORT_NAME}", "what the manifest calls the plan", manifest.plan, _sha256(facts, EXPORT_NAME)
+    )
+    names = sorted([EXPORT_NAME, KEYS_NAME, *(f.name for f in expected)])
+    found.same(where, "names of its files", names, [f.name for f in manifest.files])
+    found.same(
+        where, "names of its shards", [SHARD_NAME.format(i) for i in range(len(shards))], [s.name for s in shards]
+    )
 
 
 def _sha256(facts: dict[str, FileFact], name: str) -> str:

@@ -23,9 +23,10 @@ _GAP: Final = 4
 class Sample(Protocol):
     """What a picture is made of."""
 
-    jpg: bytes
     where: str
 
+    @property
+    def jpg(self) -> bytes: ...
     @property
     def annotations(self) -> Annotations: ...
 

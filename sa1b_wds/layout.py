@@ -31,17 +31,29 @@ class ShardIndex:
     """[n], where the rows are known."""
     crc32: U32 | None
     """[n] of each span, where the rows are known."""
+    images: bool = True
+    """Whether a sample has a jpg, or its packed member alone."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
 
-def split_span(span: memoryview, where: str) -> tuple[str, memoryview, memoryview]:
+def split_span(span: memoryview, where: str, images: bool = True) -> tuple[str, memoryview, memoryview]:
     """(key, jpg, packed member) of a sample's span, its two headers compared byte for byte.
+
+    Args:
+        span: the sample's bytes.
+        where: for messages.
+        images: False where samples have no jpg: then that is empty.
 
     Raises:
         ShardDamaged: headers that this format does not write, or members that do not fill the span.
     """
+    if not images:
+        key, member, at = _member(span, 0, PACKED, where)
+        if at != len(span):
+            raise ShardDamaged(where, f"{key}: its member does not fill its span", len(span), at)
+        return key, span[:0], member
     key, jpg, at = _member(span, 0, JPG, where)
     other, member, at = _member(span, at, PACKED, where)
     if other != key:

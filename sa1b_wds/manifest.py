@@ -20,6 +20,15 @@ PLAN_NAME = "plan.json"
 KEYS_NAME = "index/keys.bin"
 
 
+EXPORT_NAME = "export.json"
+"""What takes the plan's place in an export of annotations."""
+
+
+def exported_name(part: int) -> str:
+    """The receipt of a shard of an export."""
+    return f"receipts/shard-{part:06d}.json"
+
+
 def receipt_name(task: int) -> str:
     return f"receipts/task-{task:06d}.json"
 

@@ -76,22 +76,25 @@ class SideFiles:
     fact: ShardFact
     read: Callable[[str], bytes]
     """Reads a file by its name in the manifest."""
+    images: bool = True
+    """Whether samples have a jpg."""
 
     def __call__(self) -> ShardIndex:
         """Raises: FormatError, ShardDamaged, StorageError."""
         folder, _, name = self.fact.name.rpartition("/")
         stem = name.removesuffix(".tar")
         rows_name = f"{folder}/index/{stem}.rows" if folder else f"index/{stem}.rows"
-        idx, rows = self._file(f"{self.fact.name}.idx"), self._file(rows_name)
+        idx, rows = self.file(f"{self.fact.name}.idx"), self.file(rows_name)
         n = self.fact.samples
         if len(idx) != 8 * (n + 1) or len(rows) != ROW.itemsize * n:
             raise FormatError(self.where, "side files of another number of samples", n, len(idx) // 8 - 1)
         offsets, table = np.frombuffer(idx, "<i8").astype(np.int64), np.frombuffer(rows, ROW)
         check_offsets(offsets, f"{self.where}.idx")
         ids, crc32 = table["image_id"].astype(np.int64), table["crc32"].astype(np.uint32)
-        return ShardIndex(offsets=offsets, image_id=ids, crc32=crc32)
+        return ShardIndex(offsets=offsets, image_id=ids, crc32=crc32, images=self.images)
 
-    def _file(self, name: str) -> bytes:
+    def file(self, name: str) -> bytes:
+        """A side file, held against the manifest."""
         fact = next((fact for fact in self.fact.files if fact.name == name), None)
         if fact is None:
             raise FormatError(
@@ -257,7 +260,7 @@ class Shard:
                     where, f"CRC-32 of the {len(span):,} bytes from here", f"{expected:08x}", f"{found:08x}"
                 )
         try:
-            key, jpg, member = split_span(span, where)
+            key, jpg, member = split_span(span, where, index.images)
             image_id = image_id_of(key, where)
         except Sa1bError as error:
             return error

@@ -15,11 +15,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from . import members
 from .annotations import Annotations, unpack
-from .errors import FormatError, ShardDamaged
-from .format import MEMBER_LIMIT
+from .layout import PACKED
 from .manifest import MANIFEST_NAME, ShardFact, Totals, load_manifest
-from .ranged import open_ranged
 from .storage import Destination
 
 __all__ = ["Distribution", "Statistics", "statistics", "table"]
@@ -116,7 +115,7 @@ def _read(destination: Destination, shard: ShardFact) -> "dict[str, _Bins]":
     gathered: dict[str, list[F64 | I64]] = {name: [] for name in _COLUMNS}
     for columns in _members(destination, shard):
         for name, of in _COLUMNS.items():
-            gathered[name].append(of(columns).copy())  # a view would be overwritten by the next member
+            gathered[name].append(of(columns).copy())  # a view would keep the whole member
     out = {}
     for name, pieces in gathered.items():
         out[name] = _Bins()
@@ -125,32 +124,11 @@ def _read(destination: Destination, shard: ShardFact) -> "dict[str, _Bins]":
 
 
 def _members(destination: Destination, shard: ShardFact) -> Iterator[Annotations]:
-    """The annotations of each sample of a shard; good until the next one is asked for."""
+    """The annotations of each sample of a shard."""
     name = f"index/{shard.name.removesuffix('.tar')}.idx"
-    where = destination.place(name)
-    text = destination.read(name).decode("ascii", "replace")
-    lines = text.splitlines()[1:]
-    if len(lines) != shard.samples:
-        raise FormatError(where, "another number of samples than the manifest says", shard.samples, len(lines))
-    buffer = memoryview(bytearray(1 << 20))
-    place = destination.place(shard.name)
-    file = open_ranged(place)
-    try:
-        for line in lines:
-            # jpg <byte> <size> <name> safetensors <byte> <size> <name>
-            fields = line.split(" ")
-            if len(fields) != 8 or not (fields[5] + fields[6]).isdecimal() or int(fields[6]) > MEMBER_LIMIT:
-                raise FormatError(where, "not a line of DALI's index", found=line[:100])
-            begin, size = int(fields[5]), int(fields[6])
-            if size > len(buffer):
-                buffer = memoryview(bytearray(size))
-            got = file.read(begin, [buffer[:size]])
-            at = f"{place}: byte {begin:,}: {fields[7]}"
-            if got < size:
-                raise ShardDamaged(at, "the shard stops inside this member", f"{size:,} bytes", f"{got:,}")
-            yield unpack(buffer[:size], at)
-    finally:
-        file.close()
+    found = members.places(destination.read(name), destination.place(name), shard.samples)
+    for member in members.read(destination.place(shard.name), found):
+        yield unpack(member.data, f"{member.where}{PACKED}")
 
 
 @dataclass(slots=True)
@@ -231,11 +209,15 @@ def table(found: Statistics) -> str:
     balance = f"; largest/smallest shard {sizes.max / sizes.min:.3f}" if sizes.max and sizes.min else ""
     lines = [
         f"{sums.samples:,} images, {sums.annotations:,} masks in {sums.shards:,} shards, {sums.bytes:,} bytes{balance}",
-        f"members of the sources: {sums.members:,} = 2 · {sums.samples:,} images + {sums.quarantined:,} quarantined "
-        f"+ {sums.ignored:,} ignored; {sums.skipped_bytes:,} bytes skipped",
         f"areas that are not those of their masks: {sums.area_mismatches:,}; documents kept beside their columns: "
         f"{sums.stored_sources:,}",
     ]
+    if sums.members:  # an export of annotations has no sources
+        lines.insert(
+            1,
+            f"members of the sources: {sums.members:,} = 2 · {sums.samples:,} images + {sums.quarantined:,} "
+            f"quarantined + {sums.ignored:,} ignored; {sums.skipped_bytes:,} bytes skipped",
+        )
     if found.missing_tasks:
         lines.append(f"partial: {found.missing_tasks:,} tasks are missing")
     columns = ("min", *_PERCENTILES, "max", "mean")

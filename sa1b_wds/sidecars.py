@@ -79,7 +79,7 @@ def _card(totals: Totals, images: bool, recoding: Recoding | None) -> bytes:
     else:
         members = (
             "Each sample is one member, `sa_<id>.safetensors`: all annotations of the image as columns, without the\n"
-            "image. `receipts/` has the size, counts and SHA-256 of every shard."
+            "image. `manifest.json` lists every shard with its size, counts and SHA-256."
         )
     return f"""---
 pretty_name: SA-1B as WebDataset shards

@@ -69,7 +69,8 @@ class Stream:
         log_every: seconds between lines with `stats()` on the logger `sa1b_wds` (level INFO); None for none.
 
     Raises:
-        UsageError: an option that cannot be; WorldError: ranks that contradict each other.
+        UsageError: an option that cannot be, or images of a data set that has none.
+        WorldError: ranks that contradict each other.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class Stream:
                 raise UsageError(name, "out of range", f"at least {low}", value)
         if on_error not in ("raise", "skip"):
             raise UsageError("on_error", "no such policy", "raise or skip", on_error)
+        if image_size is not None and not dataset.has_images:
+            raise UsageError(dataset.where, "annotations alone, without photographs: stream with image_size=None")
         self.dataset = dataset
         self.world: World = worlds.detect(rank, world_size)
         self.view = View.of(

@@ -33,7 +33,7 @@ from .comparison import compare
 from .contents import check_files, check_shard
 from .convert import survey
 from .differences import LIMIT, Difference, Found
-from .errors import StorageError
+from .errors import StorageError, UsageError
 from .facts import check_facts, check_strays, read_manifest, tasks_done
 from .manifest import Manifest
 from .plan import Plan
@@ -68,6 +68,7 @@ def verify(
         At most 1,000 differences; if there were more, the last one says how many.
 
     Raises:
+        UsageError: `against` for annotations alone.
         PlanMismatch: `against` photographs that were made smaller, with a JPEG library that gives other bytes.
         NotFound, StorageError: a source of `against` that cannot be opened, or a worker that died. Nothing that is
             wrong below the destination raises.
@@ -80,13 +81,20 @@ def verify(
     plan = check_facts(destination, manifest, found)
     check_strays(destination, manifest, found)
     jobs = [_Job(check_files, (destination, manifest.files))]
-    jobs += [_Job(check_shard, (destination, shard, deep, manifest.recoding)) for shard in manifest.shards]
+    jobs += [
+        _Job(check_shard, (destination, shard, deep, manifest.recoding, manifest.has_images))
+        for shard in manifest.shards
+    ]
     total = sum(f.bytes for f in manifest.files) + sum(s.bytes + sum(f.bytes for f in s.files) for s in manifest.shards)
+    if sources and not manifest.has_images:
+        what = "annotations alone: compare the data set that they were exported from"
+        raise UsageError(destination.where, what)
+    if deep and (plan is not None or not manifest.has_images):
+        jobs.append(_Job(check_keys, (destination, manifest.shards)))
     if plan is not None:
         if sources and plan.recoding is not None:
             recoding.check(plan.recoding)
         if deep:
-            jobs.append(_Job(check_keys, (destination, manifest.shards)))
             jobs += [_Job(check_task, (destination, *about)) for about in tasks_done(manifest, plan)]
         jobs += list(_comparisons(destination, manifest, plan, sources, found))
         total += sum(size for _, size in sources.values())

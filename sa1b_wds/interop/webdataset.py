@@ -42,7 +42,9 @@ class Decoder:
             ShardDamaged: it cannot be decoded, or its members belong to different images.
         """
         where = ": ".join(str(sample[name]) for name in ("__url__", "__key__") if name in sample)
-        jpg, member = (_bytes(sample, suffix, where) for suffix in ("jpg", "safetensors"))
+        # Shards of annotations alone have no jpg.
+        jpg = memoryview(b"") if self.view.image_size is None else _bytes(sample, "jpg", where)
+        member = _bytes(sample, "safetensors", where)
         key = str(sample.get("__key__", "")).rpartition("/")[2]
         image_id = int(key[3:]) if key.startswith("sa_") and key[3:].isdecimal() else None
         layout = self.view.of_samples()
