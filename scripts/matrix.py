@@ -49,7 +49,7 @@ class Reader:
 
 
 READERS = {
-    "sa1b-wds": Reader(title="sa1b-wds", module="read_sa1b_wds", sets=(CONVERTED,)),
+    "sa1b-wds": Reader(title="sa1b-wds", module="read_sa1b_wds"),
     "webdataset": Reader(title="webdataset", module="read_webdataset"),
     "tar": Reader(title="Python tarfile; tar", module="read_tar"),
     "wids": Reader(title="wids (in webdataset)", module="read_wids", environment="wids"),

@@ -10,8 +10,9 @@ from .told import Row, row, tars, tell
 
 
 def by_manifest(dest: Path) -> Iterator[Row]:
-    for sample in sa1b_wds.open(dest):
-        yield row(sample.key, sample.jpg, sample.packed)
+    ds = sa1b_wds.open(dest)
+    for sample in ds:
+        yield row(sample.key, sample.jpg if ds.has_images else None, sample.packed)
 
 
 def by_shards(dest: Path) -> Iterator[Row]:
@@ -20,4 +21,4 @@ def by_shards(dest: Path) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    tell(version("sa1b-wds"), {"manifest": by_manifest, "shards alone": by_shards})
+    tell(version("sa1b-wds"), {"manifest": by_manifest, "shards alone": by_shards}, with_images=["shards alone"])

@@ -9,7 +9,7 @@ way to read it, a row a sample: key, SHA-256 of the jpg (null where the data set
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,15 @@ def has_images(dest: Path) -> bool:
         return file.read(100).rstrip(b"\0").endswith(b".jpg")
 
 
-def tell(version: str, ways: Mapping[str, Way]) -> None:
-    """Read every data set in every way, and write down what came."""
+def tell(version: str, ways: Mapping[str, Way], *, with_images: Collection[str] = ()) -> None:
+    """Read every data set in every way, and write down what came; `with_images`: ways that need a jpg."""
     out, *folders = sys.argv[1:]
     read: dict[str, dict[str, list[Row]]] = {}
     for folder in folders:
         read[folder] = {}
         for name, way in ways.items():
+            if name in with_images and not has_images(Path(folder)):
+                continue
             print(f"{folder}: {name}", flush=True)
             read[folder][name] = list(way(Path(folder)))
     Path(out).write_text(json.dumps({"version": version, "read": read}))
