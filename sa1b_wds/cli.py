@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from .convert import Job
+    from .log import Log
     from .plan import Plan
     from .status import Overview
 
@@ -245,6 +246,7 @@ def convert(
     pairing_buffer: Size = None,
     scratch: Path | None = None,
     max_quarantine: float | None = None,
+    log_format: Literal["text", "json"] | None = None,
     config: Config = None,
 ) -> None:
     """Convert source tars into shards: plan, all tasks that are not done yet, finalize. Run it again to go on.
@@ -285,12 +287,10 @@ def convert(
         The folder, on a local disk, where more of them wait ($SLURM_TMPDIR, $TMPDIR, /tmp).
     max_quarantine
         Share of a task's members that may be unusable (0.001).
+    log_format
+        What is said while tasks run: text, or json for one object a line on standard error, errors too.
     """
-    from . import engines
-    from .convert import Job, Options, locate, missing_tasks, read_plan, write_plan
-    from .publication import finalize
-    from .status import command
-    from .storage import Destination
+    from .log import Log
 
     planning = {"shard_size": shard_size, "mix": mix, "seed": seed, "max_side": max_side, "quality": quality}
     o = options.load(
@@ -307,17 +307,32 @@ def convert(
         pairing_buffer=pairing_buffer,
         scratch=scratch,
         max_quarantine=max_quarantine,
+        log_format=log_format,
         **planning,
     )
+    file = options.section(config, "convert") if config is not None else {}
+    said = [name for name, value in planning.items() if value is not None or name in file]
+    log = Log(o.log_format)
+    with log.last_words():
+        if task is None:
+            _quality_of_something(quality, o)
+        _convert(o, task, said, log)
+
+
+def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") -> None:
+    """`said`: which options of the plan were given, there or in the config."""
+    from . import engines
+    from .convert import Job, Options, locate, missing_tasks, read_plan, write_plan
+    from .publication import finalize
+    from .status import command, planned
+    from .storage import Destination
+
     destination = Destination(_required(o.out, "--out"))
     if task is None:
-        _quality_of_something(quality, o)
         made, locations = _plan(o)
         write_plan(destination, made)
     else:
         made = read_plan(destination)
-        file = options.section(config, "convert") if config is not None else {}
-        said = [name for name, value in planning.items() if value is not None or name in file]
         _same_options(destination.place("plan.json"), made, o, said)
         # The other tasks' sources need not be within reach of this machine.
         links_ = _links(o)
@@ -332,18 +347,27 @@ def convert(
         threads=max(1, engines.cores() // min(count, len(made.tasks))),
     )
     # A task takes its options from the plan, where the command for all of them would have to say them.
-    whole = structs.replace(o, shard_size=options.Size(made.shard_size), mix=made.mix, seed=made.seed)
+    whole = structs.replace(o, **planned(made))
     job = Job(destination=destination, plan=made, locations=locations, options=how, command=command(whole))
     if task is None:
         tasks = missing_tasks(destination, made)
-        _say_plan(made)
-        if len(tasks) < len(made.tasks):
-            _say(f"{len(made.tasks) - len(tasks):,} of {len(made.tasks):,} tasks are done already")
+        done = len(made.tasks) - len(tasks)
+        if log.is_json:
+            size = sum(source.size for source in made.sources)
+            about = {"sources": len(made.sources), "bytes": size, "shards": made.shards}
+            log.say("plan", "", out=destination.where, **about, tasks=len(made.tasks), done=done)
+        else:
+            _say_plan(made)
+            if done:
+                _say(f"{done:,} of {len(made.tasks):,} tasks are done already")
     else:
         tasks = tasks_of(task, len(made.tasks), os.environ)
-    _run(job, tasks, count)
+    _run(job, tasks, count, log)
     if task is None:
         manifest = finalize(destination)
+        if log.is_json:
+            log.say("published", "", out=destination.where, **structs.asdict(manifest.totals))
+            return
         sizes = [shard.bytes for shard in manifest.shards]
         _say(
             f"{destination.where}: {manifest.totals.samples:,} images, {manifest.totals.annotations:,} masks in "
@@ -361,16 +385,16 @@ def _same_options(where: str, made: "Plan", o: options.Convert, said: list[str])
             raise PlanMismatch(where, f"another plan is there: {name} is {shown[0]} in it, {shown[1]} here")
 
 
-def _run(job: "Job", tasks: list[int], workers: int) -> None:
+def _run(job: "Job", tasks: list[int], workers: int, log: "Log") -> None:
     from . import engines
     from .progress import display
 
     failures: list[engines.Failure] = []
-    with display(job.plan, tasks) as shown:
+    with display(job.plan, tasks, log) as shown:
         for ended in engines.pool(workers)(job, tasks, shown.report) if tasks else ():
             if isinstance(ended, engines.Failure):
                 failures.append(ended)
-                _complain(ended.error)
+                log.error(ended.error, ended.task)
             else:
                 shown.ended(ended)
     if failures:

@@ -109,6 +109,8 @@ class Convert(_Planning, frozen=True, kw_only=True):
     """Folder on a local disk where more of them wait; None: $SLURM_TMPDIR, $TMPDIR or /tmp."""
     max_quarantine: Share = 0.001
     """Share of a task's members that may be unusable."""
+    log_format: Literal["text", "json"] = "text"
+    """What is said while tasks run: sentences, or one JSON object a line."""
 
 
 class Status(Section, frozen=True, kw_only=True):

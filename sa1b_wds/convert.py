@@ -58,6 +58,7 @@ from .storage import (
     expand,
     free_bytes,
     is_memory,
+    local_size,
     name_of,
     open_raw,
     size_of,
@@ -322,6 +323,25 @@ def _recoder(plan: Plan, threads: int, stack: contextlib.ExitStack) -> Recoder |
     pool = ThreadPoolExecutor(threads, "recode")
     stack.callback(pool.shutdown, cancel_futures=True)
     return Recoder(how=plan.recoding, threads=pool)
+
+
+def check_sizes(job: Job, index: int) -> None:
+    """Whether a task's sources are those of the plan, where their size can be had for nothing.
+
+    A link's is not compared: a plan may have been written with an assumed one.
+
+    Raises:
+        PlanMismatch: a source on this machine is not as long as the plan says, and the task is not done.
+    """
+    for source in (job.plan.sources[number] for number in job.plan.tasks[index].sources):
+        url = job.locations.get(source.name)
+        try:
+            found = None if url is None else local_size(url)
+        except StorageError:  # of a task that is done it may be gone; else whoever opens it says so
+            continue
+        if url is not None and found not in (None, source.size) and not job.destination.exists(receipt_name(index)):
+            what = "another file than was planned (bytes): give the one that was, or plan again into another folder"
+            raise PlanMismatch(url, what, source.size, found)
 
 
 def label_of(index: int) -> str:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from .convert import Outcome, Progress
+from .log import Log
 from .plan import Plan
 from .status import Overview, TaskStatus
 
@@ -106,8 +107,8 @@ def watch(
 class Display:
     """Follows tasks; `report` takes their progress, `ended` their outcomes."""
 
-    def __init__(self, plan: Plan, tasks: list[int], out: TextIO, bar: "Bar | None") -> None:
-        self._plan, self._out, self._bar = plan, out, bar
+    def __init__(self, plan: Plan, tasks: list[int], log: Log, bar: "Bar | None") -> None:
+        self._plan, self._log, self._bar = plan, log, bar
         self._read: dict[int, int] = {}
         self._samples: dict[int, int] = {}
         self._row: TaskID | None = None
@@ -121,42 +122,62 @@ class Display:
             self._bar.update(self._row, completed=sum(self._read.values()), images=sum(self._samples.values()))
 
     def ended(self, outcome: Outcome) -> None:
-        """A line for each shard, then one for the task."""
-        receipt = outcome.receipt
+        """A line for each shard, then one for the task: its shards become visible with it, all at once.
+
+        They are open side by side from its first sample to its last, so that the seconds of a shard are the task's.
+        """
+        receipt, task, say = outcome.receipt, outcome.task, self._log.say
         if outcome.already_done:
-            self._line(f"task {outcome.task}: done before")
+            say("task", f"task {task}: done before", task=task, done_before=True)
             return
+        seconds = max(outcome.seconds, 1e-9)
         for shard in receipt.shards:
-            self._line(
-                f"{shard.name}: {shard.samples:,} samples, {shard.annotations:,} masks, {megabytes(shard.bytes)}"
+            text = f"{shard.name}: {shard.samples:,} samples, {shard.annotations:,} masks, {megabytes(shard.bytes)}"
+            about: dict[str, object] = {"samples": shard.samples, "annotations": shard.annotations}
+            about |= {"bytes": shard.bytes, "seconds": _rounded(seconds)}
+            say(
+                "shard", text, task=task, shard=shard.name, **about, mb_per_second=_rounded(shard.bytes / seconds / 1e6)
             )
         members = sum(s.members for s in receipt.sources)
         samples = sum(s.samples for s in receipt.sources)
-        size = self._plan.bytes_of(self._plan.tasks[outcome.task])
+        quarantined = sum(s.quarantined for s in receipt.sources)
+        ignored = sum(sum(s.ignored.values()) for s in receipt.sources)
+        size = self._plan.bytes_of(self._plan.tasks[task])
         skipped = sum(k.bytes for s in receipt.sources for k in s.skipped)
-        self._line(
-            f"task {outcome.task}: {members:,} members in, {samples:,} samples out, "
-            f"{sum(s.quarantined for s in receipt.sources):,} quarantined, "
-            f"{sum(sum(s.ignored.values()) for s in receipt.sources):,} ignored, "
+        say(
+            "task",
+            f"task {task}: {members:,} members in, {samples:,} samples out, {quarantined:,} quarantined, "
+            f"{ignored:,} ignored, "
             + (f"{skipped:,} bytes skipped, " if skipped else "")
-            + f"{outcome.seconds:.1f} s, {megabytes(size / max(outcome.seconds, 1e-9))}/s, "
-            f"peak memory {megabytes(outcome.peak_memory)}"
-            + (f", {megabytes(outcome.spilled_bytes)} through scratch" if outcome.spilled_bytes else "")
+            + f"{outcome.seconds:.1f} s, {megabytes(size / seconds)}/s, peak memory {megabytes(outcome.peak_memory)}"
+            + (f", {megabytes(outcome.spilled_bytes)} through scratch" if outcome.spilled_bytes else ""),
+            task=task,
+            done_before=False,
+            sources=[s.name for s in receipt.sources],
+            members=members,
+            samples=samples,
+            quarantined=quarantined,
+            ignored=ignored,
+            skipped_bytes=skipped,
+            bytes=size,
+            bytes_written=sum(s.bytes for s in receipt.shards),
+            shards=len(receipt.shards),
+            seconds=_rounded(seconds),
+            mb_per_second=_rounded(size / seconds / 1e6),
+            peak_memory=outcome.peak_memory,
+            spilled_bytes=outcome.spilled_bytes,
         )
 
-    def _line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, file=self._out, flush=True)
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 @contextmanager
-def display(plan: Plan, tasks: list[int], out: TextIO | None = None) -> Iterator[Display]:
-    """A display on a terminal if `out`, standard error unless said otherwise, is one, else plain lines."""
-    out = out or sys.stderr
-    if not out.isatty():
-        yield Display(plan, tasks, out, None)
+def display(plan: Plan, tasks: list[int], log: Log) -> Iterator[Display]:
+    """A display on a terminal if the log goes to one, else plain lines."""
+    if log.is_json or not log.out.isatty():
+        yield Display(plan, tasks, log, None)
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -169,8 +190,13 @@ def display(plan: Plan, tasks: list[int], out: TextIO | None = None) -> Iterator
         TextColumn("{task.fields[images]:,} images"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(file=out)) as bar:
-        yield Display(plan, tasks, out, bar)
+    console = Console(file=log.out)
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    with Progress(*columns, console=console) as bar, log.through(line):
+        yield Display(plan, tasks, log, bar)
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from . import config
-from .convert import Job, Outcome, Progress, missing_tasks, ranges, read_plan, run_task
+from .convert import Job, Outcome, Progress, check_sizes, missing_tasks, ranges, read_plan, run_task
 from .errors import Sa1bError, masked
 from .heartbeat import Beat, Heart, here, read_beats
 from .manifest import MANIFEST_NAME
@@ -40,6 +40,7 @@ def run_reported(job: Job, index: int, report: Callable[[Progress], None] = lamb
             report(progress)
 
         try:
+            check_sizes(job, index)
             outcome = run_task(job, index, both)
         except Sa1bError as error:
             heart.failed(str(error))
@@ -141,15 +142,18 @@ class Overview:
         """The last command that somebody gave, else what it must have been."""
         beats = sorted((t.beat for t in self.tasks if t.beat is not None and t.beat.command), key=lambda beat: beat.now)
         if not beats:
-            given = config.Convert(
-                out=masked(self.where),
-                shard_size=config.Size(self.plan.shard_size),
-                mix=self.plan.mix,
-                seed=self.plan.seed,
-            )
+            given = config.Convert(out=masked(self.where), **planned(self.plan))
             return command(given, sources="SOURCES")
         last = beats[-1]
         return last.command if last.folder in ("", here()) else f"cd {shlex.quote(last.folder)} && {last.command}"
+
+
+def planned(plan: Plan) -> dict[str, Any]:
+    """The options of `convert` that a plan was made with."""
+    found: dict[str, Any] = {"shard_size": config.Size(plan.shard_size), "mix": plan.mix, "seed": plan.seed}
+    if plan.recoding is not None:
+        found |= {"max_side": plan.recoding.max_side, "quality": plan.recoding.quality}
+    return found
 
 
 def command(options: config.Convert, sources: str | None = None) -> str:

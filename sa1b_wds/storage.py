@@ -162,6 +162,19 @@ def size_of(url: str) -> int:
     return status.st_size
 
 
+def local_size(url: str) -> int | None:
+    """Bytes of a file on this machine; None for anything else, whose size is unknown or costs a request.
+
+    Raises:
+        NotFound, StorageError: it is not there, or cannot be looked at.
+    """
+    if url.startswith(PREFIX) or is_remote(url):
+        return None
+    with translating(url):
+        status = local_path(url).stat()
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
 def open_raw(url: str) -> Raw:
     """A source, opened for one sequential pass."""
     if url.startswith(PREFIX):

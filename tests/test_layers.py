@@ -28,7 +28,7 @@ LEVELS = {
     2: "annotations images recoding manifest state choice keys layout sidecars batch",
     3: "heartbeat sample source shard reader members schedule decode assembly stats examples table figure",
     4: "convert publication restore pipeline stream dataset facts accounts contents comparison verify report export",
-    5: "config status engines progress interop synth cli",
+    5: "config status engines log progress interop synth cli",
 }
 
 # They meet only in the format: neither imports the other, by whatever way.

@@ -319,9 +319,9 @@ def test_a_killed_run_prints_the_command_that_finishes_it(
 
 def test_a_run_that_nobody_heard_of_has_the_plan_s_options(sources: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert call("plan", sources, "--out", out, "--mix", 2, "--seed", 7) == 0
+    assert call("plan", sources, "--out", out, "--mix", 2, "--seed", 7, "--max-side", 20) == 0
     line = read_status(Destination(str(out)), now=time.time()).commands[0]
-    assert line == f"sa1b-wds convert SOURCES --out {out} --mix 2 --seed 7"
+    assert line == f"sa1b-wds convert SOURCES --out {out} --mix 2 --seed 7 --max-side 20"
     assert call(*shlex.split(line.replace("SOURCES", str(sources)))[1:]) == 0
 
 
