@@ -453,13 +453,22 @@ class _Counter:
 
 class _CountedRaw:
     def __init__(self, raw: Raw, counter: _Counter) -> None:
-        self._raw, self._counter = raw, counter
+        self._raw, self._counter, self._mine = raw, counter, 0
         self.close, self.interrupt = raw.close, raw.interrupt
 
     def readinto(self, buffer: memoryview, /) -> int:
         got = self._raw.readinto(buffer)
+        self._mine += got
         self._counter.bytes += got
         return got
+
+    def rewind(self) -> bool:
+        rewind = getattr(self._raw, "rewind", None)
+        if rewind is None or not rewind():
+            return False
+        self._counter.bytes -= self._mine
+        self._mine = 0
+        return True
 
 
 def _scratch_folder(plan: Plan, task: Task, options: Options) -> Path:

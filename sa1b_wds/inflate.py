@@ -6,8 +6,12 @@ module and by nobody else. A stream may have many members, and zeros may follow 
 above all a stream that stops early, which is never taken for an end.
 
 Output comes in 64 KiB pieces: bytes of that size live on the heap, so the kernel maps no fresh page for them, and they
-are copied into the caller's buffer while they are in the cache. All of it, with the tar reader on top, takes 5 to 7 %
-more processor time than ISA-L alone into one buffer. The GIL is free while ISA-L works.
+are copied into the caller's buffer while they are in the cache. The GIL is free while ISA-L works.
+
+A file that can be read from its beginning again takes a faster way: isal's own gzip reader inflates straight into the
+caller's buffer, without pieces and copies, and gives up the GIL once where the other does five times (a whole
+conversion on two cores: 15 % less processor time). It knows of damage, but not where the gzip member began; so what it
+stumbles over is read again by the other, whose words the error has.
 
 To salvage, the input is fed in small pieces (at half the speed), so an error costs little of what stands before it; the
 stream then goes on at the next place that reads like a gzip member (header, then deflate data without an error as far
@@ -16,11 +20,12 @@ belongs.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from gzip import BadGzipFile
+from typing import BinaryIO, Literal, Protocol, cast
 
-from isal import igzip_lib
+from isal import igzip_lib, isal_zlib
 
 from .errors import SourceDamaged
 
@@ -42,7 +47,8 @@ _FHCRC, _FEXTRA, _FNAME, _FCOMMENT, _RESERVED = 2, 4, 8, 16, 0xE0
 
 
 class Raw(Protocol):
-    """What storage hands over."""
+    """What storage hands over. With a method `rewind() -> bool`, which goes back to the first byte where that is
+    possible, the faster way is open."""
 
     def readinto(self, buffer: memoryview, /) -> int:
         """Fill some of `buffer`, at least one byte; 0 at the end."""
@@ -83,7 +89,7 @@ class Gap:
     """what was wrong"""
 
 
-def open_bytes(raw: Raw, where: str, *, on_damage: OnDamage = "fail") -> "Plain | Inflated":
+def open_bytes(raw: Raw, where: str, *, on_damage: OnDamage = "fail") -> "Plain | Inflated | Direct":
     """The bytes of the tar in `raw`, inflated where it begins with gzip's magic number.
 
     Raises SourceDamaged if there is not a single byte.
@@ -92,7 +98,12 @@ def open_bytes(raw: Raw, where: str, *, on_damage: OnDamage = "fail") -> "Plain 
     first = bytes(source.peek(2))
     if not first:
         raise SourceDamaged(where, "the file is empty", "a tar", "0 bytes")
-    return Inflated(source, where, on_damage=on_damage) if first == _MAGIC else Plain(source, where)
+    if first != _MAGIC:
+        return Plain(source, where)
+    rewind: Callable[[], bool] | None = getattr(raw, "rewind", None)
+    if on_damage == "fail" and rewind is not None and rewind():
+        return Direct(raw, where, rewind)
+    return Inflated(source, where, on_damage=on_damage)
 
 
 class _Input:
@@ -341,6 +352,59 @@ class Inflated:
         )
         self._inflater = None
         self.broken = True
+
+
+class _File:
+    """What isal takes for a file: it looks for `read`, and calls `readinto`."""
+
+    def __init__(self, raw: Raw) -> None:
+        self.readinto = raw.readinto
+
+    def read(self, size: int = -1, /) -> bytes:
+        raise NotImplementedError
+
+
+class Direct:
+    """A tar inside a gzip stream that can be read again: inflated straight into the buffers of who asks."""
+
+    gaps: Sequence[Gap] = ()
+    broken = False
+
+    def __init__(self, raw: Raw, where: str, rewind: Callable[[], bool]) -> None:
+        self.where = where
+        self.position = 0
+        self._raw, self._rewind = raw, rewind
+        self._reader = isal_zlib._GzipReader(cast(BinaryIO, _File(raw)), _IN)
+
+    def readinto(self, view: memoryview, /) -> int:
+        """Fill `view` completely; short only at the end.
+
+        Raises SourceDamaged where the gzip stream breaks.
+        """
+        size, done = len(view), 0
+        try:
+            while done < size:
+                got = self._reader.readinto(view[done:])
+                if not got:
+                    break
+                done += got
+        except (EOFError, BadGzipFile, OverflowError, _IsalError) as error:
+            raise self._explained(error) from error
+        self.position += done
+        return done
+
+    def _explained(self, error: Exception) -> SourceDamaged:
+        """What is wrong with the stream, by reading it again."""
+        position = self._reader.tell()
+        if self._rewind():
+            again, nowhere = Inflated(_Input(self._raw, keep=_KEEP), self.where, on_damage="fail"), bytearray(_OUT)
+            try:
+                while again.readinto(memoryview(nowhere)):
+                    pass
+            except SourceDamaged as damage:
+                return damage
+        place = f"{self.where}: byte {position:,} of the tar"
+        return SourceDamaged(place, f"the gzip stream was damaged ({error}), and was sound when it was read again")
 
 
 def _reason(damage: _Broken) -> str:

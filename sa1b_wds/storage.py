@@ -198,6 +198,13 @@ class _LocalRaw:
         except OSError as error:
             raise translated(error, self._where) from error
 
+    def rewind(self) -> bool:
+        """Begin with the first byte again; False where the file is a pipe."""
+        try:
+            return os.lseek(self._descriptor, 0, os.SEEK_SET) == 0
+        except OSError:
+            return False
+
     def interrupt(self) -> None:
         """A read of a file comes back by itself."""
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sa1b_wds.errors import SourceDamaged
-from sa1b_wds.inflate import Gap, Inflated, OnDamage, Plain, Raw, open_bytes
+from sa1b_wds.inflate import Direct, Gap, Inflated, OnDamage, Plain, Raw, open_bytes
 
 WHERE = "sa_000014.tar"
 
@@ -30,11 +30,25 @@ class Trickle:
         return len(piece)
 
 
-def source(data: bytes, *, on_damage: OnDamage = "fail", raw: Raw | None = None) -> Plain | Inflated:
-    return open_bytes(raw or io.BytesIO(data), WHERE, on_damage=on_damage)
+class File(io.BytesIO):
+    def rewind(self) -> bool:
+        return self.seek(0) == 0
 
 
-def read(stream: Plain | Inflated, size: int = 1 << 16) -> bytes:
+@pytest.fixture(autouse=True, params=["pieces", "direct"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test takes both ways: what can be read once, and what can be read again."""
+    monkeypatch.setitem(globals(), "READABLE", {"pieces": io.BytesIO, "direct": File}[request.param])
+
+
+READABLE: type[io.BytesIO] = File
+
+
+def source(data: bytes, *, on_damage: OnDamage = "fail", raw: Raw | None = None) -> Plain | Inflated | Direct:
+    return open_bytes(raw or READABLE(data), WHERE, on_damage=on_damage)
+
+
+def read(stream: Plain | Inflated | Direct, size: int = 1 << 16) -> bytes:
     """All bytes up to the first short read."""
     out = bytearray()
     view = memoryview(bytearray(size))
@@ -151,7 +165,7 @@ def test_plain_bytes_come_as_they_are(sizes: list[int], reads: int) -> None:
 
 
 def test_the_first_bytes_decide_not_the_name() -> None:
-    assert isinstance(source(b"\x1f\x8b\x08"), Inflated)
+    assert isinstance(source(b"\x1f\x8b\x08"), Inflated | Direct)
     assert isinstance(source(b"\x1f"), Plain)
     assert isinstance(source(b"PK"), Plain)
 
@@ -254,6 +268,35 @@ def test_a_header_that_is_none_is_damage(head: bytes, message: str) -> None:
 def test_many_tiny_members_do_not_cost_their_neighbours() -> None:
     one = member(b"box")
     assert read(source(one * 20_000)) == b"box" * 20_000
+
+
+def test_what_changes_between_two_readings_is_damage_all_the_same() -> None:
+    class Healing(File):
+        """Damaged when it is read first, sound when it is read again."""
+
+        rewound = 0
+
+        def rewind(self) -> bool:
+            self.rewound += 1
+            if self.rewound == 2:
+                self.getbuffer()[:] = sound
+            return super().rewind()
+
+    sound = member(noise(2_000_000), level=1)
+    stream = source(b"", raw=Healing(damaged(sound)))
+    with pytest.raises(SourceDamaged, match=r"was damaged .* and was sound when it was read again") as error:
+        read(stream, 1 << 20)
+    assert error.value.where == "sa_000014.tar: byte 2,000,000 of the tar"
+
+
+def test_a_stream_that_cannot_be_read_again_is_read_once() -> None:
+    class Once(io.BytesIO):
+        def rewind(self) -> bool:
+            return False
+
+    stream = source(b"", raw=Once(member(b"masks")))
+    assert isinstance(stream, Inflated)
+    assert read(stream) == b"masks"
 
 
 @pytest.mark.slow
