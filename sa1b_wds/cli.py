@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from .convert import Job
+    from .limits import Limits
     from .log import Log
     from .plan import Plan
     from .status import Overview
@@ -166,14 +167,14 @@ def plan(
     _say(f"written: {destination.place('plan.json')}")
 
 
-def _plan(o: "options.Plan | options.Convert") -> "tuple[Plan, dict[str, str]]":
+def _plan(o: "options.Plan | options.Convert", network: "Limits | None" = None) -> "tuple[Plan, dict[str, str]]":
     """The plan, and where its sources lie."""
     from .convert import plan_sources, survey
     from .recoding import recoding
 
     _required(o.out, "--out")
     links = _links(o)
-    found = survey(o.sources if links else _required(o.sources, "SOURCES"), o.assume_size, links)
+    found = survey(o.sources if links else _required(o.sources, "SOURCES"), o.assume_size, links, network)
     _outside(o.out, [url for url, _ in found.values()])
     how = recoding(o.max_side, o.quality) if o.max_side is not None else None
     made = plan_sources(found, shard_size=int(o.shard_size), mix=o.mix, seed=o.seed, recoding=how)
@@ -247,6 +248,14 @@ def convert(
     scratch: Path | None = None,
     max_quarantine: float | None = None,
     log_format: Literal["text", "json"] | None = None,
+    attempts: int | None = None,
+    first_wait: float | None = None,
+    longest_wait: float | None = None,
+    stall: float | None = None,
+    window: Size = None,
+    ahead: Size = None,
+    connections: int | None = None,
+    hedge: float | None = None,
     config: Config = None,
 ) -> None:
     """Convert source tars into shards: plan, all tasks that are not done yet, finalize. Run it again to go on.
@@ -289,6 +298,22 @@ def convert(
         Share of a task's members that may be unusable (0.001).
     log_format
         What is said while tasks run: text, or json for one object a line on standard error, errors too.
+    attempts
+        Requests in a row that bring nothing before giving up on a server (8).
+    first_wait
+        Seconds: bound of the first, random pause between them, which doubles (0.25).
+    longest_wait
+        Seconds: bound of any pause (30); a Retry-After may ask for ten times as much.
+    stall
+        Seconds without a byte after which a connection is dead (30).
+    window
+        Bytes of a request while reading ahead, at most (8MiB).
+    ahead
+        Bytes read ahead of each source (32MiB).
+    connections
+        Requests of a process to one server at once (32); fewer while it says that it has too many.
+    hedge
+        Share of the bytes asked for that may be asked for twice, where an answer is late (0.05).
     """
     from .log import Log
 
@@ -308,6 +333,14 @@ def convert(
         scratch=scratch,
         max_quarantine=max_quarantine,
         log_format=log_format,
+        attempts=attempts,
+        first_wait=first_wait,
+        longest_wait=longest_wait,
+        stall=stall,
+        window=window,
+        ahead=ahead,
+        connections=connections,
+        hedge=hedge,
         **planning,
     )
     file = options.section(config, "convert") if config is not None else {}
@@ -327,9 +360,10 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
     from .status import command, planned
     from .storage import Destination
 
-    destination = Destination(_required(o.out, "--out"))
+    network = options.limits(o, os.environ)
+    destination = Destination(_required(o.out, "--out"), network)
     if task is None:
-        made, locations = _plan(o)
+        made, locations = _plan(o, network)
         write_plan(destination, made)
     else:
         made = read_plan(destination)
@@ -345,6 +379,7 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
         scratch=o.scratch,
         max_quarantine=o.max_quarantine,
         threads=max(1, engines.cores() // min(count, len(made.tasks))),
+        network=network,
     )
     # A task takes its options from the plan, where the command for all of them would have to say them.
     whole = structs.replace(o, **planned(made))

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from .errors import Changed, NoCredentials, NotFound, Sa1bError, StorageError, Unreachable, UsageError
-from .transfer import HOW_TO_SIGN_IN, Limits, Passing, Stat, refusal
+from .limits import Limits
+from .traffic import Passing
+from .transfer import HOW_TO_SIGN_IN, Stat, refusal
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -173,7 +175,7 @@ def _meaning(error: Exception, where: str) -> Exception:
     if "Account must be specified" in first or "credential" in first.lower():
         return NoCredentials(where, f"no credentials found: {HOW_TO_SIGN_IN}", None, words)
     if "HTTP error" in first or "request or response body" in first or "error sending request" in first:
-        return Passing(words)
+        return Passing(words, stalled="timed out" in text or "TimedOut" in text)
     return StorageError(where, words)
 
 
@@ -183,6 +185,7 @@ class Cloud:
     def __init__(self, url: str, limits: Limits) -> None:
         scheme, bucket, self._key = split(url)
         self.where = url
+        self.server = f"{scheme}://{bucket} {amazon().get('endpoint', '') if scheme == 's3' else ''}".rstrip()
         self._store = store(scheme, bucket, limits)
 
     def stat(self) -> Stat:

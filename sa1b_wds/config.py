@@ -14,7 +14,8 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
@@ -22,10 +23,11 @@ import msgspec
 from msgspec import Meta, Struct, inspect
 
 from .errors import ConfigError, Sa1bError, UsageError
+from .limits import Limits
 
 __all__ = [
     "SECTIONS", "Convert", "Export", "Finalize", "Plan", "Restore", "Section", "Size", "Stats", "Status", "Stream",
-    "Synth", "Verify", "load", "parse_size", "section",
+    "Synth", "Verify", "limits", "load", "parse_size", "section",
 ]  # fmt: skip
 
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
@@ -53,6 +55,7 @@ class Size(int):
 
 Count = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
 
 # ---- the options -----------------------------------------------------------------------------------------------------
@@ -111,6 +114,22 @@ class Convert(_Planning, frozen=True, kw_only=True):
     """Share of a task's members that may be unusable."""
     log_format: Literal["text", "json"] = "text"
     """What is said while tasks run: sentences, or one JSON object a line."""
+    attempts: Count | None = None
+    """Requests in a row that bring nothing before giving up; None: $SA1B_WDS_ATTEMPTS, or 8."""
+    first_wait: Seconds | None = None
+    """Seconds: bound of the first, random pause between them, which doubles; None: $SA1B_WDS_FIRST_WAIT, or 0.25."""
+    longest_wait: Seconds | None = None
+    """Seconds: bound of any pause; None: $SA1B_WDS_LONGEST_WAIT, or 30."""
+    stall: Seconds | None = None
+    """Seconds without a byte after which a connection is dead; None: $SA1B_WDS_STALL, or 30."""
+    window: Size | None = None
+    """Bytes of a request while reading ahead, at most; None: $SA1B_WDS_WINDOW, or 8 MiB."""
+    ahead: Size | None = None
+    """Bytes read ahead of each source; None: $SA1B_WDS_AHEAD, or 32 MiB."""
+    connections: Count | None = None
+    """Requests of a process to one server at once; None: $SA1B_WDS_CONNECTIONS, or 32."""
+    hedge: Share | None = None
+    """Share of the bytes that may be asked for twice, where answers are late; None: $SA1B_WDS_HEDGE, or 0.05."""
 
 
 class Status(Section, frozen=True, kw_only=True):
@@ -225,6 +244,18 @@ class Stream(Section, frozen=True, kw_only=True):
     """Decode threads; None: one a core."""
     drop_last: bool = True
     """Leave out the last, incomplete batch."""
+    attempts: Count | None = None
+    """Requests in a row that bring nothing before giving up; None: $SA1B_WDS_ATTEMPTS, or 8."""
+    first_wait: Seconds | None = None
+    """Seconds: bound of the first, random pause between them, which doubles; None: $SA1B_WDS_FIRST_WAIT, or 0.25."""
+    longest_wait: Seconds | None = None
+    """Seconds: bound of any pause; None: $SA1B_WDS_LONGEST_WAIT, or 30."""
+    stall: Seconds | None = None
+    """Seconds without a byte after which a connection is dead; None: $SA1B_WDS_STALL, or 30."""
+    connections: Count | None = None
+    """Requests of a process to one server at once; None: $SA1B_WDS_CONNECTIONS, or 32."""
+    hedge: Share | None = None
+    """Share of the bytes that may be asked for twice, where answers are late; None: $SA1B_WDS_HEDGE, or 0.05."""
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -232,6 +263,19 @@ SECTIONS: dict[str, type[Section]] = {
     for schema in (Plan, Convert, Status, Finalize, Verify, Restore, Export, Stats, Synth, Stream)
 }
 """By name: every section that a file may have."""
+
+NETWORK = tuple(field.name for field in fields(Limits))
+"""The options of how the network is used."""
+
+
+def limits(options: Convert | Stream, environment: Mapping[str, str]) -> Limits:
+    """How objects are read, by these options, where they say nothing by the environment's, else by the defaults.
+
+    Raises:
+        ConfigError: a variable that is no positive number.
+    """
+    return Limits.of(environment, **{name: getattr(options, name, None) for name in NETWORK})
+
 
 S = TypeVar("S", bound=Section)
 
@@ -355,7 +399,7 @@ def _expected(kind: Any) -> str:
             return f"list of {_expected(info.item_type)}"
         case inspect.IntType() | inspect.FloatType():
             name = "int" if isinstance(info, inspect.IntType) else "float"
-            limits = ((">=", info.ge), ("<=", info.le))
+            limits = ((">=", info.ge), (">", info.gt), ("<=", info.le))
             return " ".join(
                 [name, " and ".join(f"{sign} {limit:,}" for sign, limit in limits if limit is not None)]
             ).strip()

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import recoding
@@ -35,6 +35,7 @@ from .errors import (
     UsageError,
 )
 from .lanes import Lanes
+from .limits import Limits
 from .manifest import (
     PLAN_NAME,
     RECEIPT_FORMAT,
@@ -63,6 +64,7 @@ from .storage import (
     open_raw,
     size_of,
 )
+from .traffic import COUNTS, Traffic
 
 MIB = 1 << 20
 _READ_AHEAD = 64 * MIB  # of all sources of a task: in memory beside what waits for its partner
@@ -83,6 +85,8 @@ class Options:
     """Share of a task's members that may be quarantined."""
     threads: int = 2
     """That make photographs smaller, where the plan says so."""
+    network: Limits | None = None
+    """How sources far away are read; None: as the environment says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +125,8 @@ class Outcome:
     """Bytes that waited in the scratch file."""
     peak_memory: int = 0
     """Bytes, the most that this process ever had resident."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """What this process read from far away while it ran; never part of a receipt, which is the same every time."""
 
 
 def locate(urls: list[str], links: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -134,13 +140,16 @@ def locate(urls: list[str], links: Mapping[str, str] | None = None) -> dict[str,
 
 
 def survey(
-    urls: list[str], assume_size: int | None = None, links: Mapping[str, str] | None = None
+    urls: list[str],
+    assume_size: int | None = None,
+    links: Mapping[str, str] | None = None,
+    limits: Limits | None = None,
 ) -> dict[str, tuple[str, int]]:
     """name → (URL, bytes) of the sources that `urls` mean, braces and folders expanded, and of a links file's."""
 
     def size(url: str) -> int:
         try:
-            return size_of(url)
+            return size_of(url, limits)
         except (NotFound, LinkExpired):
             raise
         except StorageError:
@@ -224,7 +233,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
         TooManyQuarantined: more members rejected than `max_quarantine` allows.
         StorageError: reading or writing failed. In all of these cases nothing of the task is visible.
     """
-    begun = time.monotonic()
+    begun, before = time.monotonic(), COUNTS.now()
     destination, plan, options = job.destination, job.plan, job.options
     task, label = plan.tasks[index], label_of(index)
     receipt = _receipt(job, index)
@@ -254,7 +263,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
                 SourceReader(
                     number=number,
                     name=plan.sources[number].name,
-                    raw=counter.counted(open_raw(url)),
+                    raw=counter.counted(open_raw(url, options.network)),
                     where=url,
                     table=table,
                     packer=Packer(plan.recoding),
@@ -313,6 +322,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
         receipt=theirs or receipt,
         seconds=time.monotonic() - begun,
         spilled_bytes=scratch.bytes_written,
+        traffic=COUNTS.now() - before,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 

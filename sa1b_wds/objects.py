@@ -15,11 +15,13 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from . import clouds, uploads
 from .errors import NotFound, StorageError, UsageError, masked
+from .limits import Limits
 from .process import has_ended, identity
 from .remote import insisting, open_object, read, size_of
 
@@ -37,15 +39,16 @@ _COMPLETERS = 8
 class Bucket:
     """The place that a data set is written to or read from, and everything in it by relative name."""
 
-    def __init__(self, url: str) -> None:
-        self.where = url.rstrip("/")
+    def __init__(self, url: str, limits: Limits | None = None) -> None:
+        """Without limits, those of the environment hold."""
+        self.where, self.limits = url.rstrip("/"), limits
         parts = urlsplit(url)
         self._is_web = parts.scheme not in clouds.SCHEMES
         if self._is_web and parts.query:
             raise UsageError(masked(url), "a signed URL is good for one file, not for a data set")
 
-    def __reduce__(self) -> tuple[type["Bucket"], tuple[str]]:
-        return Bucket, (self.where,)
+    def __reduce__(self) -> tuple[type["Bucket"], tuple[str, Limits | None]]:
+        return Bucket, (self.where, self.limits)
 
     def __repr__(self) -> str:
         return f"Bucket({masked(self.where)!r})"
@@ -56,7 +59,7 @@ class Bucket:
 
     def exists(self, name: str) -> bool:
         try:
-            open_object(self.place(name))
+            open_object(self.place(name), self.limits)
         except NotFound:
             return False
         return True
@@ -66,16 +69,16 @@ class Bucket:
         return url.startswith(f"{self.where}/")
 
     def size(self, name: str) -> int:
-        return size_of(self.place(name))
+        return size_of(self.place(name), self.limits)
 
     def read(self, name: str) -> bytes:
-        return read(self.place(name))
+        return read(self.place(name), self.limits)
 
     def _listing(self, folder: str) -> list[clouds.Listed]:
         if self._is_web:
             raise UsageError(self.where, "a web server does not say what it has")
         where = self.place(folder).rstrip("/")
-        return insisting(where, lambda limits: clouds.listing(where, limits))
+        return insisting(where, lambda limits: clouds.listing(where, limits), self.limits)
 
     def names(self, folder: str = "") -> list[str]:
         """Relative names of all objects below a folder, sorted; hidden ones included."""
@@ -98,7 +101,7 @@ class Bucket:
         if self._is_web:
             raise UsageError(self.where, "a web server is only read from", "a path, s3://, gs:// or az://")
         where = self.place(name)
-        return insisting(where, lambda limits: clouds.put(where, data, limits, new=new))
+        return insisting(where, lambda limits: clouds.put(where, data, limits, new=new), self.limits)
 
     def leave(self) -> None:
         """There are no folders that could be empty."""
@@ -107,7 +110,7 @@ class Bucket:
         """Remove an object, and everything below it as if it were a folder."""
         for one in [name, *self.names(name)]:
             where = self.place(one)
-            insisting(where, lambda limits, where=where: clouds.delete(where, limits))  # type: ignore[misc]
+            insisting(where, partial(clouds.delete, where), self.limits)
 
     def remove_empty(self, folder: str) -> None:
         """There are no folders."""
@@ -247,7 +250,8 @@ class ObjectWriter:
     def write(self, pieces: Sequence["Buffer"]) -> None:
         """Append the pieces, all of their bytes."""
         if self._upstream is None:
-            self._upstream = insisting(self.where, lambda limits: clouds.Upstream(self.where, limits))
+            limits = self._attempt.destination.limits
+            self._upstream = insisting(self.where, partial(clouds.Upstream, self.where), limits)
         for piece in pieces:
             self._upstream.write(piece)
         self._attempt.renew()

@@ -22,6 +22,7 @@ from .batch import Batch, Memory
 from .buffers import Pool
 from .decode import View
 from .errors import DataError, Sa1bError, UsageError
+from .limits import Limits as NetworkLimits
 from .order import Order
 from .reader import Found, PackedSample, ReadCost, Shards
 from .schedule import Id, Plan, Read, Schedule
@@ -49,6 +50,8 @@ class Limits:
     on_error: OnError
     max_skipped: int
     """Samples that may be skipped before it is an error all the same."""
+    network: NetworkLimits | None = None
+    """How shards far away are read; None: as the environment says."""
 
 
 class Pipeline:
@@ -70,7 +73,7 @@ class Pipeline:
         skipped: int = 0,
     ) -> None:
         """`skipped`: how many samples were skipped before, which counts against the limit."""
-        self._shards = shards.apart(keep=max(128, 2 * order.leg.lanes))
+        self._shards = shards.apart(max(128, 2 * order.leg.lanes), limits.network)
         self._view, self._limits, self._memory = view, limits, memory
         self._seed, self._epoch = seed, epoch
         self._before = skipped

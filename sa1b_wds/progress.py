@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
 from .convert import Outcome, Progress
@@ -150,7 +151,8 @@ class Display:
             f"{ignored:,} ignored, "
             + (f"{skipped:,} bytes skipped, " if skipped else "")
             + f"{outcome.seconds:.1f} s, {megabytes(size / seconds)}/s, peak memory {megabytes(outcome.peak_memory)}"
-            + (f", {megabytes(outcome.spilled_bytes)} through scratch" if outcome.spilled_bytes else ""),
+            + (f", {megabytes(outcome.spilled_bytes)} through scratch" if outcome.spilled_bytes else "")
+            + (f"; {outcome.traffic}" if str(outcome.traffic) else ""),
             task=task,
             done_before=False,
             sources=[s.name for s in receipt.sources],
@@ -166,6 +168,7 @@ class Display:
             mb_per_second=_rounded(size / seconds / 1e6),
             peak_memory=outcome.peak_memory,
             spilled_bytes=outcome.spilled_bytes,
+            network=asdict(outcome.traffic),
         )
 
 

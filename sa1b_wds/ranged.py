@@ -4,9 +4,11 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
+from .limits import Limits
 from .pipe import PREFIX, Pipe
 from .remote import RemoteFile, is_remote
 from .storage import local_path, translated, translating
+from .traffic import Traffic
 
 IOV_MAX = 1024
 
@@ -17,8 +19,8 @@ class Ranged(Protocol):
     parallel: bool
 
     @property
-    def retries(self) -> int:
-        """Requests that were taken up again, so far."""
+    def traffic(self) -> Traffic:
+        """What happened on the way, so far."""
 
     def read(self, offset: int, views: Sequence[memoryview]) -> int:
         """Fill the views with the bytes from `offset` on; how many there were, short only at the end."""
@@ -36,7 +38,7 @@ class LocalFile:
     """A file of this machine."""
 
     parallel = True
-    retries = 0
+    traffic = Traffic()
 
     def __init__(self, url: str) -> None:
         self._where = url
@@ -93,7 +95,7 @@ class ForwardFile:
     """The output of a command: only forwards, and bytes passed over are read all the same."""
 
     parallel = False
-    retries = 0
+    traffic = Traffic()
 
     def __init__(self, url: str) -> None:
         self._pipe = Pipe(url)
@@ -143,8 +145,8 @@ class ForwardFile:
             self._pipe.close()
 
 
-def open_ranged(url: str) -> Ranged:
-    """A shard, opened for reading at any place (`pipe:` only forwards).
+def open_ranged(url: str, limits: Limits | None = None) -> Ranged:
+    """A shard, opened for reading at any place (`pipe:` only forwards). Without limits, those of the environment hold.
 
     Raises:
         StorageError: it cannot be opened.
@@ -152,4 +154,4 @@ def open_ranged(url: str) -> Ranged:
     """
     if url.startswith(PREFIX):
         return ForwardFile(url)
-    return RemoteFile(url) if is_remote(url) else LocalFile(url)
+    return RemoteFile(url, limits) if is_remote(url) else LocalFile(url)

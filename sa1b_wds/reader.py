@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from time import perf_counter
@@ -25,9 +25,11 @@ from .buffers import Buffer, Pool
 from .errors import FormatError, Sa1bError, ShardDamaged, StorageError
 from .format import ROW
 from .layout import I64, ShardIndex, check_end, check_offsets, image_id_of, split_span
+from .limits import Limits
 from .manifest import ShardFact
 from .pipe import PREFIX
 from .ranged import ForwardFile, Ranged, open_ranged
+from .traffic import Traffic
 
 _MOST_BYTES_AT_ONCE = 64 << 20
 
@@ -64,7 +66,7 @@ class ReadCost:
     check: float = 0.0
     """Seconds."""
     bytes: int = 0
-    retries: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +142,16 @@ class _Open:
     file: Ranged | None
     """None: it cannot be opened, or only reads forwards."""
     damage: Sa1bError | None
-    retries: int = 0
-    """Of the file, as far as they were counted."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """Of the file, as far as it was counted."""
 
 
 class Shard:
     """One shard, its index and its open file; both are made when first needed. Several threads may read at once."""
 
-    def __init__(self, place: ShardPlace) -> None:
+    def __init__(self, place: ShardPlace, limits: Limits | None = None) -> None:
         self.where, self.length = place.where, place.length
+        self._limits = limits
         self._find = place.find
         self._lock = threading.Lock()
         self._open: _Open | None = None
@@ -177,7 +180,7 @@ class Shard:
             if self._open is None:
                 index = self._find()
                 try:
-                    file = None if self.is_forward else open_ranged(self.where)
+                    file = None if self.is_forward else open_ranged(self.where, self._limits)
                     self._open = _Open(index, file, self._wrong_length(file) if file else None)
                 except StorageError as error:
                     self._open = _Open(index, None, error)
@@ -241,8 +244,9 @@ class Shard:
         cost.bytes += got
         if shard.file is not None:
             with self._lock:
-                cost.retries += shard.file.retries - shard.retries
-                shard.retries = shard.file.retries
+                now = shard.file.traffic
+                cost.traffic += now - shard.traffic
+                shard.traffic = now
         return out
 
     def _check(self, index: ShardIndex, place: int, offset: int, buffer: Buffer, pool: Pool, have: int) -> Found:
@@ -305,20 +309,21 @@ class Shard:
 class Shards:
     """All shards of a data set; the last few that were used are kept open."""
 
-    def __init__(self, places: Sequence[ShardPlace], keep: int = 128) -> None:
-        self.places, self._keep = places, keep
+    def __init__(self, places: Sequence[ShardPlace], keep: int = 128, limits: Limits | None = None) -> None:
+        """Without limits, those of the environment hold."""
+        self.places, self._keep, self._limits = places, keep, limits
         self._lock = threading.Lock()
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type["Shards"], tuple[Sequence[ShardPlace], int]]:
-        return Shards, (self.places, self._keep)
+    def __reduce__(self) -> tuple[type["Shards"], tuple[Sequence[ShardPlace], int, Limits | None]]:
+        return Shards, (self.places, self._keep, self._limits)
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def apart(self, keep: int) -> "Shards":
+    def apart(self, keep: int, limits: Limits | None = None) -> "Shards":
         """The same shards with open files of their own: what is interrupted here does not disturb others."""
-        made = Shards(self.places, keep)
+        made = Shards(self.places, keep, limits or self._limits)
         made.__dict__.update(counts=self.counts, mean_bytes=self.mean_bytes)
         return made
 
@@ -336,7 +341,7 @@ class Shards:
         with self._lock:
             shard = self._open.get(number)
             if shard is None:
-                shard = self._open[number] = Shard(self.places[number])
+                shard = self._open[number] = Shard(self.places[number], self._limits)
                 if len(self._open) > self._keep:
                     self._open.popitem(last=False)  # closed when nobody reads from it any more
             else:

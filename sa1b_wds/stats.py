@@ -6,9 +6,11 @@ from time import perf_counter
 
 from .decode import DecodeCost
 from .reader import ReadCost
+from .traffic import Traffic
 
 MIB = 1 << 20
 _ERRORS = 20  # reasons kept
+_TRAFFIC = {name: name for name in ("retries", "throttled", "stalled", "hedged", "again")} | {"paused": "waited"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +30,17 @@ class Stats:
     skipped: int
     """Samples left out by `on_error="skip"`."""
     retries: int
-    """Reads taken up again after a dropped connection."""
+    """Reads taken up again after an answer that broke off or was none."""
+    throttled: int
+    """Of these, because the server had too many requests (429, 503)."""
+    stalled: int
+    """Of these, because no byte came for too long."""
+    hedged: int
+    """Late answers that were asked for a second time."""
+    again: int
+    """Bytes that were fetched twice."""
+    paused: float
+    """Seconds of pauses between attempts to read."""
     read: float
     """Seconds in reading bytes."""
     check: float
@@ -53,6 +65,11 @@ class Stats:
     """The last few reasons for skipping."""
 
     @property
+    def traffic(self) -> str:
+        """What went wrong on the way, in words; empty if nothing did."""
+        return str(Traffic(**{its: getattr(self, name) for name, its in _TRAFFIC.items()}))
+
+    @property
     def bottleneck(self) -> str:
         """`training`, or which part of loading: `reading` or `decoding`."""
         if self.wait < 0.1 * self.elapsed:
@@ -70,8 +87,8 @@ class Stats:
             f"waited {self.wait / seconds:.0%} of the time; {self.ahead} batches and "
             f"{self.held / MIB:,.0f} MiB ahead; bottleneck: {self.bottleneck}"
         )
-        if self.retries:
-            text += f"; {self.retries:,} retries"
+        if self.traffic:
+            text += f"; {self.traffic}"
         if self.skipped:
             text += f"; {self.skipped:,} skipped, the last: {self.errors[-1]}"
         return text
@@ -144,7 +161,7 @@ class Sums:
             "masks": sum(d.drawn for d in decode),
             "bytes": sum(r.bytes for r in read),
             "skipped": tally.skipped,
-            "retries": sum(r.retries for r in read),
+            **{name: sum(getattr(r.traffic, its) for r in read) for name, its in _TRAFFIC.items()},
             "read": sum(r.read for r in read),
             "check": sum(r.check for r in read),
             "unpack": sum(d.unpack for d in decode),
@@ -171,6 +188,11 @@ class Sums:
             bytes=int(sums["bytes"]),
             skipped=int(sums["skipped"]),
             retries=int(sums["retries"]),
+            throttled=int(sums["throttled"]),
+            stalled=int(sums["stalled"]),
+            hedged=int(sums["hedged"]),
+            again=int(sums["again"]),
+            paused=sums["paused"],
             read=sums["read"],
             check=sums["check"],
             unpack=sums["unpack"],

@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 import braceexpand
 
 from .errors import Denied, NoSpace, NotFound, StorageError, UsageError, masked
+from .limits import Limits
 from .pipe import PREFIX, Pipe
 from .remote import RemoteRaw, is_remote, listed
 from .remote import size_of as remote_size_of
@@ -145,7 +146,7 @@ def _braces(url: str) -> list[str]:
         raise UsageError(url, "its braces do not match; without them it is the name of nothing that is there") from None
 
 
-def size_of(url: str) -> int:
+def size_of(url: str, limits: Limits | None = None) -> int:
     """Bytes of a source.
 
     Raises:
@@ -154,7 +155,7 @@ def size_of(url: str) -> int:
     if url.startswith(PREFIX):
         raise StorageError(url, "the length of a command's output is not known: give --assume-size")
     if is_remote(url):
-        return remote_size_of(url)
+        return remote_size_of(url, limits)
     with translating(url):
         status = local_path(url).stat()
     if not stat.S_ISREG(status.st_mode):
@@ -175,12 +176,12 @@ def local_size(url: str) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def open_raw(url: str) -> Raw:
-    """A source, opened for one sequential pass."""
+def open_raw(url: str, limits: Limits | None = None) -> Raw:
+    """A source, opened for one sequential pass. Without limits, those of the environment hold."""
     if url.startswith(PREFIX):
         return Pipe(url)
     if is_remote(url):
-        return RemoteRaw(url)
+        return RemoteRaw(url, limits)
     path = local_path(url)
     with translating(url):
         return _LocalRaw(os.open(path, os.O_RDONLY), url)
@@ -259,15 +260,16 @@ def _sync_folder(folder: Path) -> None:
 class Destination:
     """The folder, or the place in a bucket, that a data set is written to, and everything in it by relative name."""
 
-    def __new__(cls, url: str) -> "Destination":
+    def __new__(cls, url: str, limits: Limits | None = None) -> "Destination":
         # Objects have no folders, locks or renames: another class, with the same methods (a test holds them equal).
         if is_remote(url):
             from .objects import Bucket
 
-            return cast(Destination, Bucket(url))
+            return cast(Destination, Bucket(url, limits))
         return super().__new__(cls)
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, limits: Limits | None = None) -> None:
+        """`limits` hold for a store; without them those of the environment do."""
         self.where = url
         self.root = local_path(url)
 

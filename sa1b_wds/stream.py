@@ -25,6 +25,7 @@ from . import world as worlds
 from .batch import Batch, Memory
 from .decode import MaskMode, View
 from .errors import StateMismatch, UsageError
+from .limits import Limits as NetworkLimits
 from .order import Leg, Order, go_on
 from .pipeline import Limits, OnError, Pipeline
 from .state import State, merge_states
@@ -66,6 +67,7 @@ class Stream:
             batches are filled with repeats, flagged `is_padding`.
         on_error: `raise`, or `skip`: a sample that is damaged is counted and its place filled with a repeat.
         max_skipped: how many may be skipped before it is an error all the same.
+        network: how shards on object stores are read, see `limits`; by default as the environment says.
         log_every: seconds between lines with `stats()` on the logger `sa1b_wds` (level INFO); None for none.
 
     Raises:
@@ -100,6 +102,7 @@ class Stream:
         on_error: OnError = "raise",
         max_skipped: int = 100,
         log_every: float | None = None,
+        network: NetworkLimits | None = None,
     ) -> None:
         at_least: dict[str, tuple[int | None, int]] = {
             "batch_size": (batch_size, 1), "threads": (threads, 1), "fetch_threads": (fetch_threads, 1),
@@ -134,6 +137,7 @@ class Stream:
             prefetch=prefetch,
             on_error=on_error,
             max_skipped=max_skipped,
+            network=network,
         )
         self._log_every = log_every
         self._worker, self._workers, self._section = 0, 1, 0

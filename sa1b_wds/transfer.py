@@ -4,19 +4,20 @@ A read is a loop of requests for the bytes that are still missing. A request tha
 back later (429, 503, …) is followed by another one, after a pause that doubles with each attempt in a row that brought
 nothing, drawn at random below its bound ("full jitter": clients that failed together do not come back together); a
 `Retry-After` is a lower bound. Every request but the first carries the ETag, so an object that was replaced in between
-is an error, never a mixture.
+is an error, never a mixture. How many requests one server gets at a time, and which of them are asked for twice
+because their answer is late, is the business of `traffic`.
 """
 
 import random
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from .errors import (
     Changed,
-    ConfigError,
     Denied,
     LinkExpired,
     NoCredentials,
@@ -26,55 +27,13 @@ from .errors import (
     WrongRegion,
     masked,
 )
+from .limits import Limits
+from .traffic import COUNTS, Counts, Passing, server
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-MIB = 1 << 20
 _PROGRESS = 4096  # bytes: a request that brings fewer has brought nothing, or a sick server would keep us for weeks
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """How patiently and how far ahead objects are read. Each can be set by `SA1B_WDS_<NAME>` in the environment."""
-
-    attempts: int = 8
-    """Requests in a row that bring nothing before giving up."""
-    first_wait: float = 0.25
-    """Seconds: bound of the first pause; doubles from attempt to attempt."""
-    longest_wait: float = 30.0
-    """Seconds: bound of any pause; a Retry-After may ask for ten times as much."""
-    stall: float = 30.0
-    """Seconds without a byte after which a connection counts as dead."""
-    window: int = 8 * MIB
-    """Bytes a request while reading ahead."""
-    ahead: int = 32 * MIB
-    """Bytes read ahead of the consumer, for each open source: so many windows are on their way at once."""
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> "Limits":
-        """Raises: ConfigError, for a variable that is no positive number."""
-        found: dict[str, float] = {}
-        for field in fields(cls):
-            name = f"SA1B_WDS_{field.name.upper()}"
-            if text := environment.get(name):
-                try:
-                    value = (int if isinstance(field.default, int) else float)(text)
-                except ValueError:
-                    value = 0
-                if not 0 < value < 1 << 40:
-                    raise ConfigError(name, "not a positive number", None, text)
-                found[field.name] = value
-        return cls(**found)  # type: ignore[arg-type]  # each has the type of its default
-
-
-class Passing(Exception):
-    """Something that may well not happen again: the read goes on. Never leaves this package's readers."""
-
-    def __init__(self, why: str, retry_after: float = 0.0) -> None:
-        super().__init__(masked(why))
-        self.retry_after = retry_after
-        """Seconds that the server asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,37 +48,20 @@ class Stat:
 class Transport(Protocol):
     """How one kind of store is spoken to; raises `Passing` for what may be tried again, else this project's errors."""
 
+    server: str
+    """Which one it is: what is shared between all that talk to it (see `traffic`)."""
+
     def stat(self) -> Stat: ...
 
     def get(self, begin: int, end: int, stat: Stat) -> "Iterator[Buffer]":
         """The bytes from `begin` to `end`, of that very object, in pieces; they may end early."""
 
 
-class Counts:
-    """What happened on the way, over all reads of this process; for metrics."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.requests = self.retries = self.bytes = 0
-        self.waited = 0.0
-        """Seconds of pauses."""
-
-    def add(self, *, requests: int = 0, retries: int = 0, bytes: int = 0, waited: float = 0.0) -> None:
-        with self._lock:
-            self.requests += requests
-            self.retries += retries
-            self.bytes += bytes
-            self.waited += waited
-
-
-COUNTS = Counts()
-
-
 class Pauses:
     """The pauses between attempts that bring nothing."""
 
-    def __init__(self, where: str, limits: Limits, stop: threading.Event) -> None:
-        self._where, self._limits, self._stop = where, limits, stop
+    def __init__(self, where: str, limits: Limits, stop: threading.Event, counts: Counts = COUNTS) -> None:
+        self._where, self._limits, self._stop, self._counts = where, limits, stop, counts
         self._attempts = 0
 
     def progress(self) -> None:
@@ -134,7 +76,7 @@ class Pauses:
             raise Unreachable(where, f"gave up after {self._attempts} attempts in a row; the last: {why}") from None
         bound = min(limits.longest_wait, limits.first_wait * 2 ** (self._attempts - 1))
         seconds = random.uniform(0, bound) + min(why.retry_after, 10 * limits.longest_wait)
-        COUNTS.add(retries=1, waited=seconds)
+        self._counts.add(retries=1, throttled=int(why.throttled), stalled=int(why.stalled), waited=seconds)
         self._stop.wait(seconds)
 
 
@@ -144,17 +86,18 @@ class Object:
     def __init__(self, where: str, transport: Transport, limits: Limits) -> None:
         self.where = masked(where)
         self._transport, self._limits = transport, limits
+        self._server = server(transport.server, limits)
         self.stop = threading.Event()
         """Set: whoever reads leaves as soon as possible."""
-        self.retries = 0
-        pauses = Pauses(self.where, limits, self.stop)
+        self.counts = Counts(COUNTS)
+        pauses = Pauses(self.where, limits, self.stop, self.counts)
         while True:
             try:
-                COUNTS.add(requests=1)
+                self.counts.add(requests=1)
                 self.stat = transport.stat()
                 return
             except Passing as why:
-                self.retries += 1
+                self._server.slower(why)
                 pauses.wait(why)
 
     def pieces(self, begin: int, end: int) -> "Iterator[memoryview]":
@@ -165,23 +108,25 @@ class Object:
             Unreachable: no progress, however often it was tried.
             NotFound, Denied, StorageError: what else a store may say.
         """
-        at, pauses = begin, Pauses(self.where, self._limits, self.stop)
+        at, pauses = begin, Pauses(self.where, self._limits, self.stop, self.counts)
         while at < end and not self.stop.is_set():
             begun = at
             try:
-                COUNTS.add(requests=1)
-                for piece in self._transport.get(at, end, self.stat):
+                rest = partial(self._transport.get, at, end, self.stat)
+                for piece in self._server.answer(rest, end - at, self.stop, self.counts):
                     view = memoryview(piece).cast("B")[: end - at]
                     at += len(view)
-                    COUNTS.add(bytes=len(view))
+                    self.counts.add(bytes=len(view))
                     if at - begun >= _PROGRESS:
                         pauses.progress()
                     yield view
                     if at == end or self.stop.is_set():
                         return
+                if self.stop.is_set():
+                    return
                 raise Passing(f"the connection ended {end - at:,} bytes early")
             except Passing as why:
-                self.retries += 1
+                self._server.slower(why)
                 pauses.wait(why, at)
 
     def fill(self, begin: int, views: Sequence[memoryview]) -> int:
@@ -204,7 +149,8 @@ class Object:
 
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _REGION = re.compile(r"<Region>([\w-]+)</Region>")
-_AGAIN = {"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "Throttling", "ThrottlingException"}
+_TOO_MANY = {"SlowDown", "Throttling", "ThrottlingException"}
+_AGAIN = {"RequestTimeout", "InternalError", "ServiceUnavailable", "ServerBusy", "OperationTimedOut"} | _TOO_MANY
 
 
 def refusal(where: str, status: int, body: str, *, signed: bool = False, retry_after: float = 0.0) -> Exception:
@@ -219,7 +165,8 @@ def refusal(where: str, status: int, body: str, *, signed: bool = False, retry_a
     code = found[1] if found else ""
     said = f"{status} {code}".strip()
     if status in (408, 425, 429) or (status >= 500 and status != 501) or code in _AGAIN:
-        return Passing(f"the server said {said}", retry_after)
+        throttled = status in (429, 503) or code in _TOO_MANY
+        return Passing(f"the server said {said}", retry_after, throttled=throttled)
     if code in ("NoSuchUpload", "NoSuchBucket") or status in (404, 410):
         return NotFound(where, "no such bucket" if code == "NoSuchBucket" else "no such object", None, said)
     if code in ("AuthorizationHeaderMalformed", "PermanentRedirect", "IncorrectEndpoint") or 300 <= status < 400:

@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 
 from . import clouds, signing
 from .remote import insisting
-from .transfer import Passing, refusal
+from .traffic import Passing
+from .transfer import refusal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

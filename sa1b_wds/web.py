@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from .errors import Changed, StorageError, masked
-from .transfer import Limits, Passing, Stat, refusal
+from .limits import Limits
+from .traffic import Passing
+from .transfer import Stat, refusal
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -44,6 +46,7 @@ class Web:
     ) -> None:
         parts = urlsplit(url)
         self.where = masked(where or url)
+        self.server = parts.netloc.rpartition("@")[2]
         self._sign = sign
         self._signed = bool(parts.query)
         host = parts.netloc.rpartition("@")[2]
@@ -86,7 +89,7 @@ class Web:
                 try:
                     got = answer.readinto(buffer)
                 except (OSError, http.client.HTTPException) as error:
-                    raise Passing(_plain(error)) from None
+                    raise _passing(error) from None
                 if not got:
                     return
                 yield buffer[:got]
@@ -129,9 +132,9 @@ class Web:
             after = _retry_after(error.headers.get("Retry-After", ""))
             raise refusal(self.where, error.code, body, signed=self._signed, retry_after=after) from None
         except urllib.error.URLError as error:
-            raise Passing(_plain(error.reason)) from None
+            raise _passing(error.reason) from None
         except (OSError, http.client.HTTPException) as error:
-            raise Passing(_plain(error)) from None
+            raise _passing(error) from None
 
 
 def _strong(answer: "HTTPResponse") -> str | None:
@@ -139,8 +142,8 @@ def _strong(answer: "HTTPResponse") -> str | None:
     return etag if etag and not etag.startswith("W/") else None
 
 
-def _plain(error: object) -> str:
-    return str(error) or type(error).__name__
+def _passing(error: object) -> Passing:
+    return Passing(str(error) or type(error).__name__, stalled=isinstance(error, TimeoutError))
 
 
 def _retry_after(text: str) -> float:

@@ -12,6 +12,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,6 +38,8 @@ class Fault:
     body: bytes = b""
     cut: int | None = None
     """The connection breaks after so many bytes of the body."""
+    late: float = 0.0
+    """Seconds before the answer begins."""
     stall: float = 0.0
     """Seconds of silence after `cut` bytes, before it breaks."""
     happened: int = 0
@@ -64,6 +67,8 @@ class FaultProxy:
         self.upstream = upstream
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.rate: int | None = None
+        """Bytes a second that each connection gets of an answer."""
         self._lock = threading.Lock()
         outer = self
 
@@ -121,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
             body=self.rfile.read(length) if length else b"",
         )
         fault = self.proxy.fault(request)
+        if fault is not None and fault.late:
+            threading.Event().wait(fault.late)
         if fault is not None and fault.status is not None:
             self._send(fault.status, {"Content-Length": str(len(fault.body)), **fault.headers}, fault.body, None)
             return
@@ -141,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         if fault is None or fault.cut is None:
-            self.wfile.write(body)
+            self._write(body)
             if len(body) != int(headers.get("Content-Length", len(body))):
                 self.close_connection = True
             return
@@ -153,6 +160,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
+
+    def _write(self, body: bytes) -> None:
+        rate = self.proxy.rate
+        if rate is None:
+            self.wfile.write(body)
+            return
+        begun, step = time.monotonic(), max(1, rate // 50)
+        for at in range(0, len(body), step):
+            self.wfile.write(body[at : at + step])
+            time.sleep(max(0.0, begun + min(at + step, len(body)) / rate - time.monotonic()))
 
     def _forward(self, request: Request) -> tuple[int, dict[str, str], bytes]:
         assert isinstance(self.proxy.upstream, str)
