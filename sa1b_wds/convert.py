@@ -481,11 +481,14 @@ class _CountedRaw:
         return True
 
 
+def scratch_folder() -> Path:
+    """Where scratch files go if nobody says: on the node's own disk, as far as the environment knows it."""
+    return Path(os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir())
+
+
 def _scratch_folder(plan: Plan, task: Task, options: Options) -> Path:
     """The folder for waiting members, if what may have to wait there fits."""
-    folder = options.scratch or Path(
-        os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
-    )
+    folder = options.scratch or scratch_folder()
     # In random order a quarter of the bytes wait when half is read; a little more by chance.
     need = plan.bytes_of(task) * 28 // 100 - options.pairing_buffer
     if need > 0:

@@ -217,9 +217,9 @@ class ObjectAttempt:
         else:
             file.complete()
 
-    def publish_one(self, name: str) -> bool:
-        """Complete one finished object; False, and nothing happens, if there is one already."""
-        if self.destination.exists(name):
+    def publish_one(self, name: str, *, replace: bool = False) -> bool:
+        """Complete one finished object; False, and nothing happens, if there is one already and may stay."""
+        if not replace and self.destination.exists(name):
             return False
         self._complete(name)
         return True

@@ -495,14 +495,18 @@ class Attempt:
             _sync_folder((root / last).parent)
         return True
 
-    def publish_one(self, name: str) -> bool:
-        """Put one finished file in its place; False, and nothing happens, if there is one already."""
+    def publish_one(self, name: str, *, replace: bool = False) -> bool:
+        """Put one finished file in its place; False, and nothing happens, if there is one already and may stay."""
         path = self.destination.path(name)
         with translating(self.destination.place(name)):
-            try:
-                os.link(self._path(name), path)
-            except FileExistsError:
-                return False
+            if replace:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._path(name).rename(path)
+            else:
+                try:
+                    os.link(self._path(name), path)
+                except FileExistsError:
+                    return False
             _sync_folder(path.parent)
         return True
 

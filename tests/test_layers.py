@@ -32,7 +32,7 @@ LEVELS = {
 }
 
 # They meet only in the format: neither imports the other, by whatever way.
-CONVERT = {"heartbeat", "sample", "source", "shard", "convert", "publication", "status", "engines", "progress"}
+CONVERT = {"heartbeat", "sample", "source", "shard", "convert", "runs", "publication", "status", "engines", "progress"}
 STREAM = {
     "order", "state", "choice", "augment", "reader", "schedule", "decode", "assembly", "batch", "pipeline", "stream",
     "dataset",
