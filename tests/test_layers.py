@@ -26,7 +26,7 @@ LEVELS = {
     1: "limits traffic transfer web clouds signing remote links uploads process objects pipe storage ranged ahead "
     "lanes buffers inflate tar codes raster rle plan order selection augment world differences",
     2: "annotations images recoding manifest state choice keys layout sidecars batch",
-    3: "heartbeat sample source shard reader members schedule decode assembly stats examples table figure",
+    3: "heartbeat sample runs source shard reader members schedule decode assembly stats examples table figure",
     4: "convert publication restore pipeline stream dataset facts accounts contents comparison verify report export",
     5: "config status engines log progress interop synth cli",
 }
