@@ -119,6 +119,7 @@ def plan(
     quality: int | None = None,
     assume_size: Size = None,
     dry_run: bool | None = None,
+    rate: Size = None,
     config: Config = None,
 ) -> None:
     """Decide which task reads which sources and writes which shards, and write DEST/plan.json.
@@ -148,36 +149,45 @@ def plan(
         Bytes to assume for a source whose size cannot be asked for.
     dry_run
         Print the plan and write nothing.
+    rate
+        Bytes a second that one task reads, for the estimate of its time (as finished tasks of DEST have shown, else
+        a cautious 200MB).
     """
     given: dict[str, object] = {"shard_size": shard_size, "mix": mix, "seed": seed, "assume_size": assume_size}
     given |= {"max_side": max_side, "quality": quality}
     given |= {"links": links, "only": only}
-    o = options.load(config, options.Plan, sources=sources, out=out, dry_run=dry_run, **given)
+    o = options.load(config, options.Plan, sources=sources, out=out, dry_run=dry_run, rate=rate, **given)
     _quality_of_something(quality, o)
     from .convert import write_plan
+    from .progress import plan_lines
+    from .status import expected_rate
     from .storage import Destination
 
     made, _ = _plan(o)
     _say_plan(made)
+    destination = Destination(_required(o.out, "--out"))
+    for line in plan_lines(made, expected_rate(destination, o.rate, now=time.time())):
+        _say(line)
     if o.dry_run:
         _say("dry run: nothing written")
         return
-    destination = Destination(_required(o.out, "--out"))
     write_plan(destination, made)
     _say(f"written: {destination.place('plan.json')}")
 
 
 def _plan(o: "options.Plan | options.Convert", network: "Limits | None" = None) -> "tuple[Plan, dict[str, str]]":
     """The plan, and where its sources lie."""
-    from .convert import plan_sources, survey
+    from .convert import converted, plan_sources, survey
     from .recoding import recoding
+    from .storage import Destination
 
-    _required(o.out, "--out")
-    links = _links(o)
-    found = survey(o.sources if links else _required(o.sources, "SOURCES"), o.assume_size, links, network)
+    destination, links = Destination(_required(o.out, "--out"), network), _links(o)
+    gone = converted(destination) if isinstance(o, options.Convert) and o.delete_source else {}
+    found = survey(o.sources if links else _required(o.sources, "SOURCES"), o.assume_size, links, network, gone)
     _outside(o.out, [url for url, _ in found.values()])
     how = recoding(o.max_side, o.quality) if o.max_side is not None else None
-    made = plan_sources(found, shard_size=int(o.shard_size), mix=o.mix, seed=o.seed, recoding=how)
+    whole = {name: ("", size) for name, size in gone.items()} | found
+    made = plan_sources(whole, shard_size=int(o.shard_size), mix=o.mix, seed=o.seed, recoding=how)
     return made, {name: url for name, (url, _) in found.items()}
 
 
@@ -247,6 +257,7 @@ def convert(
     pairing_buffer: Size = None,
     scratch: Path | None = None,
     max_quarantine: float | None = None,
+    delete_source: bool | None = None,
     log_format: Literal["text", "json"] | None = None,
     attempts: int | None = None,
     first_wait: float | None = None,
@@ -296,6 +307,9 @@ def convert(
         The folder, on a local disk, where more of them wait ($SLURM_TMPDIR, $TMPDIR, /tmp).
     max_quarantine
         Share of a task's members that may be unusable (0.001).
+    delete_source
+        Delete each source file once its task is done and every member was found again in the shards, byte for byte.
+        One with anything in it that no shard has is kept. Only files on this machine.
     log_format
         What is said while tasks run: text, or json for one object a line on standard error, errors too.
     attempts
@@ -332,6 +346,7 @@ def convert(
         pairing_buffer=pairing_buffer,
         scratch=scratch,
         max_quarantine=max_quarantine,
+        delete_source=delete_source,
         log_format=log_format,
         attempts=attempts,
         first_wait=first_wait,
@@ -356,6 +371,7 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
     """`said`: which options of the plan were given, there or in the config."""
     from . import engines
     from .convert import Job, Options, locate, missing_tasks, read_plan, write_plan
+    from .deletion import is_left
     from .publication import finalize
     from .status import command, planned
     from .storage import Destination
@@ -364,20 +380,27 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
     destination = Destination(_required(o.out, "--out"), network)
     if task is None:
         made, locations = _plan(o, network)
+        if o.delete_source:
+            _deletable(made, locations)
         write_plan(destination, made)
     else:
         made = read_plan(destination)
         _same_options(destination.place("plan.json"), made, o, said)
         # The other tasks' sources need not be within reach of this machine.
         links_ = _links(o)
-        locations = locate(o.sources if links_ else _required(o.sources, "SOURCES"), links_)
+        locations = locate(
+            o.sources if links_ else _required(o.sources, "SOURCES"), links_, may_be_empty=o.delete_source
+        )
         _outside(o.out, list(locations.values()))
+        if o.delete_source:
+            _deletable(made, locations)
     count = o.workers or max(1, engines.cores() // 2)
     how = Options(
         on_damage=o.on_damage,
         pairing_buffer=int(o.pairing_buffer),
         scratch=o.scratch,
         max_quarantine=o.max_quarantine,
+        delete_source=o.delete_source,
         threads=max(1, engines.cores() // min(count, len(made.tasks))),
         network=network,
     )
@@ -387,6 +410,8 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
     if task is None:
         tasks = missing_tasks(destination, made)
         done = len(made.tasks) - len(tasks)
+        if o.delete_source:  # a run that was killed may have left some of those that are done
+            tasks += [i for i in sorted(set(range(len(made.tasks))) - set(tasks)) if is_left(job, i)]
         if log.is_json:
             size = sum(source.size for source in made.sources)
             about = {"sources": len(made.sources), "bytes": size, "shards": made.shards}
@@ -409,6 +434,16 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
             f"{len(sizes):,} shards; largest/smallest {max(sizes) / min(sizes):.3f}; "
             f"{manifest.totals.quarantined:,} members quarantined"
         )
+
+
+def _deletable(made: "Plan", locations: dict[str, str]) -> None:
+    """Whether sources may be deleted at all: nothing is begun that could not be ended as it was asked for."""
+    from .storage import is_local
+
+    if made.recoding is not None:
+        raise UsageError("--delete-source", "with --max-side the photographs as they are would be lost")
+    if far := [url for url in locations.values() if not is_local(url)]:
+        raise UsageError("--delete-source", "deletes files on this machine alone", "paths", far[0])
 
 
 def _same_options(where: str, made: "Plan", o: options.Convert, said: list[str]) -> None:

@@ -95,6 +95,8 @@ class Plan(_Planning, frozen=True, kw_only=True):
 
     dry_run: bool = False
     """Print the plan and write nothing."""
+    rate: Size | None = None
+    """Bytes a second that one task reads, for the estimate; None: as measured, else a cautious guess."""
 
 
 class Convert(_Planning, frozen=True, kw_only=True):
@@ -112,6 +114,8 @@ class Convert(_Planning, frozen=True, kw_only=True):
     """Folder on a local disk where more of them wait; None: $SLURM_TMPDIR, $TMPDIR or /tmp."""
     max_quarantine: Share = 0.001
     """Share of a task's members that may be unusable."""
+    delete_source: bool = False
+    """Delete each source when its task is done and all of it was found again in the shards."""
     log_format: Literal["text", "json"] = "text"
     """What is said while tasks run: sentences, or one JSON object a line."""
     attempts: Count | None = None

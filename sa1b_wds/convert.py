@@ -83,6 +83,8 @@ class Options:
     """Where further ones wait; None: $SLURM_TMPDIR, $TMPDIR, or the system's folder for temporary files."""
     max_quarantine: float = 0.001
     """Share of a task's members that may be quarantined."""
+    delete_source: bool = False
+    """Sources go when their task is done; see `deletion`."""
     threads: int = 2
     """That make photographs smaller, where the plan says so."""
     network: Limits | None = None
@@ -127,12 +129,16 @@ class Outcome:
     """Bytes, the most that this process ever had resident."""
     traffic: Traffic = field(default_factory=Traffic)
     """What this process read from far away while it ran; never part of a receipt, which is the same every time."""
+    deleted: tuple[str, ...] = ()
+    """Names of sources that were deleted."""
+    kept: tuple[str, ...] = ()
+    """Where and why sources were not, though that was asked for."""
 
 
-def locate(urls: list[str], links: Mapping[str, str] | None = None) -> dict[str, str]:
+def locate(urls: list[str], links: Mapping[str, str] | None = None, *, may_be_empty: bool = False) -> dict[str, str]:
     """name → URL of the sources that `urls` mean, braces and folders expanded, and of those of a links file."""
     found = dict(links or {})
-    for url in expand(urls):
+    for url in expand(urls, may_be_empty=may_be_empty):
         name = name_of(url)
         if found.setdefault(name, url) != url:
             raise UsageError(url, f"a second source named {name}, beside {found[name]}: names tell sources apart")
@@ -144,20 +150,29 @@ def survey(
     assume_size: int | None = None,
     links: Mapping[str, str] | None = None,
     limits: Limits | None = None,
+    gone: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[str, int]]:
-    """name → (URL, bytes) of the sources that `urls` mean, braces and folders expanded, and of a links file's."""
+    """name → (URL, bytes) of the sources that `urls` mean, braces and folders expanded, and of a links file's.
+
+    `gone`: name → bytes of sources that may be gone, since they were deleted when they were done (`converted`).
+    """
+    gone = gone or {}
 
     def size(url: str) -> int:
         try:
             return size_of(url, limits)
-        except (NotFound, LinkExpired):
+        except NotFound:
+            if name_of(url) not in gone:
+                raise
+            return gone[name_of(url)]
+        except LinkExpired:
             raise
         except StorageError:
             if assume_size is None:
                 raise
             return int(assume_size)  # a plan can be written of plain numbers only
 
-    found = locate(urls, links)
+    found = locate(urls, links, may_be_empty=bool(gone))
     if not any("://" in url for url in found.values()):
         return {name: (url, size(url)) for name, url in found.items()}
     with ThreadPoolExecutor(_ASKERS, "sa1b-wds-sizes") as askers:
@@ -207,6 +222,17 @@ def missing_tasks(destination: Destination, plan: Plan) -> list[int]:
                 name for name, is_there in zip(names, askers.map(destination.exists, names), strict=True) if is_there
             }
     return [i for i, name in enumerate(names) if name not in there]
+
+
+def converted(destination: Destination) -> dict[str, int]:
+    """name → bytes of the sources of tasks that are done; none where there is no plan yet."""
+    try:
+        plan = read_plan(destination)
+    except NotFound:
+        return {}
+    missing = set(missing_tasks(destination, plan))
+    done = (plan.sources[n] for i, task in enumerate(plan.tasks) if i not in missing for n in task.sources)
+    return {source.name: source.size for source in done}
 
 
 def ranges(numbers: list[int]) -> str:
@@ -486,11 +512,16 @@ def scratch_folder() -> Path:
     return Path(os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir())
 
 
+def scratch_bytes(plan: Plan, task: Task, options: Options) -> int:
+    """Bytes of scratch that a task may need."""
+    # In random order a quarter of the bytes wait when half is read; a little more by chance.
+    return max(0, plan.bytes_of(task) * 28 // 100 - options.pairing_buffer)
+
+
 def _scratch_folder(plan: Plan, task: Task, options: Options) -> Path:
     """The folder for waiting members, if what may have to wait there fits."""
     folder = options.scratch or scratch_folder()
-    # In random order a quarter of the bytes wait when half is read; a little more by chance.
-    need = plan.bytes_of(task) * 28 // 100 - options.pairing_buffer
+    need = scratch_bytes(plan, task, options)
     if need > 0:
         advice = "give --scratch a folder on a local disk, a smaller --mix, or a larger --pairing-buffer"
         if not folder.is_dir():

@@ -103,6 +103,9 @@ class Bucket:
         where = self.place(name)
         return insisting(where, lambda limits: clouds.put(where, data, limits, new=new), self.limits)
 
+    def settle(self, names: Sequence[str]) -> None:
+        """What a store has acknowledged is safe."""
+
     def leave(self) -> None:
         """There are no folders that could be empty."""
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
-from .convert import Outcome, Progress
+from .convert import Options, Outcome, Progress, scratch_bytes
 from .log import Log
 from .plan import Plan
-from .status import Overview, TaskStatus
+from .status import Overview, Rate, TaskStatus
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -33,6 +33,31 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // part:02} {smaller}"
     return f"{whole // 60} min" if whole >= 120 else f"{whole} s"
+
+
+_PREEMPTED = 2 * 3600
+"""Seconds: tasks that take longer are likely to be lost halfway on machines that may be taken back (spot, preemptible):
+those are gone after hours, and a task that is stopped begins again from nothing."""
+
+
+def plan_lines(plan: Plan, rate: Rate) -> list[str]:
+    """What a plan costs: time and scratch of the largest task, hours of all, and a warning where tasks are long."""
+    largest = max(plan.tasks, key=plan.bytes_of)
+    seconds = plan.bytes_of(largest) / rate.rate
+    total = sum(source.size for source in plan.sources) / rate.rate
+    scratch = scratch_bytes(plan, largest, Options())
+    lines = [
+        f"a task: up to {duration(seconds)} at {megabytes(rate.rate)}/s ({rate.basis}), "
+        + (f"{megabytes(scratch)} of scratch" if scratch else "no scratch")
+        + f" with the usual --pairing-buffer; all of them: {total / 3600:,.2f} task hours"
+    ]
+    if seconds > _PREEMPTED:
+        advice = "a smaller --mix makes smaller ones" if plan.mix > 1 else "take machines that stay"
+        lines.append(
+            f"warning: a task of {duration(seconds)} is often cut short on machines that may be taken back, and begins "
+            f"again from nothing (more than {duration(_PREEMPTED)}): {advice}"
+        )
+    return lines
 
 
 _STILL = 120
@@ -128,6 +153,10 @@ class Display:
         They are open side by side from its first sample to its last, so that the seconds of a shard are the task's.
         """
         receipt, task, say = outcome.receipt, outcome.task, self._log.say
+        for kept in outcome.kept:
+            say("kept", kept, task=task, message=kept)
+        if outcome.deleted:
+            say("deleted", f"task {task}: deleted {', '.join(outcome.deleted)}", task=task, sources=outcome.deleted)
         if outcome.already_done:
             say("task", f"task {task}: done before", task=task, done_before=True)
             return

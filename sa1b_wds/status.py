@@ -5,10 +5,11 @@ for a minute, or its process has ended on this very machine), failed with its er
 in it, since it is a fact of the data; how fast tasks were stands in the last heartbeat of those that are done.
 """
 
+import contextlib
 import shlex
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
 from typing import Any, Literal
@@ -17,9 +18,10 @@ import msgspec
 
 from . import config
 from .convert import Job, Outcome, Progress, check_sizes, missing_tasks, ranges, read_plan, run_task
-from .errors import Sa1bError, masked
+from .deletion import delete_sources
+from .errors import NotFound, Sa1bError, masked
 from .heartbeat import Beat, Heart, here, read_beats
-from .manifest import MANIFEST_NAME
+from .manifest import MANIFEST_NAME, receipt_name
 from .plan import Plan
 from .storage import Destination
 
@@ -41,7 +43,10 @@ def run_reported(job: Job, index: int, report: Callable[[Progress], None] = lamb
 
         try:
             check_sizes(job, index)
-            outcome = run_task(job, index, both)
+            outcome = _run(job, index, both)
+            if job.options.delete_source:
+                gone = delete_sources(job, index, outcome.receipt)
+                outcome = replace(outcome, deleted=tuple(gone.deleted), kept=tuple(gone.kept))
         except Sa1bError as error:
             heart.failed(str(error))
             raise
@@ -57,6 +62,16 @@ def run_reported(job: Job, index: int, report: Callable[[Progress], None] = lamb
             raise
         heart.end(0.0 if outcome.already_done else outcome.seconds)
         return outcome
+
+
+def _run(job: Job, index: int, report: Callable[[Progress], None]) -> Outcome:
+    try:
+        return run_task(job, index, report)
+    except NotFound:
+        # Another process may have finished the task, and deleted what it is made of, before this one opened it.
+        if not (job.options.delete_source and job.destination.exists(receipt_name(index))):
+            raise
+        return run_task(job, index, report)
 
 
 def leave_error(job: Job, index: int, error: Sa1bError) -> None:
@@ -230,3 +245,17 @@ def measured_rate(overview: Overview) -> Rate | None:
             rate=median(running), basis=f"the median of {len(running):,} running task{'s' * (len(running) != 1)}"
         )
     return None
+
+
+GUESS = 200_000_000
+"""Bytes a second of a task of which nothing is known: less than the slowest row of README's table of conversion."""
+
+
+def expected_rate(destination: Destination, given: int | None, *, now: float) -> Rate:
+    """How fast a task will be, as said, as measured here, or guessed."""
+    if given is not None:
+        return Rate(rate=given, basis="as --rate says")
+    with contextlib.suppress(NotFound):
+        if (measured := measured_rate(read_status(destination, now=now))) is not None:
+            return measured
+    return Rate(rate=GUESS, basis="a cautious guess; --rate says it better")

@@ -106,8 +106,12 @@ def name_of(url: str) -> str:
 _TAR = re.compile(r"[^\s/'\"=;|&<>]+\.tar\b")
 
 
-def expand(urls: Iterable[str]) -> list[str]:
-    """Braces (`{000000..000999}`) expanded, and a folder replaced by the tars in it, sorted."""
+def expand(urls: Iterable[str], *, may_be_empty: bool = False) -> list[str]:
+    """Braces (`{000000..000999}`) expanded, and a folder replaced by the tars in it, sorted.
+
+    Raises:
+        NotFound: a folder without tars, unless `may_be_empty`.
+    """
     out: list[str] = []
     for url in urls:
         for one in _braces(url):
@@ -126,7 +130,7 @@ def expand(urls: Iterable[str]) -> list[str]:
             if folder:
                 with translating(one):
                     found = sorted(str(p) for p in path.iterdir() if p.suffix == ".tar")
-                if not found:
+                if not found and not may_be_empty:
                     raise NotFound(one, "no *.tar in this folder")
                 out += found
             else:
@@ -163,13 +167,18 @@ def size_of(url: str, limits: Limits | None = None) -> int:
     return status.st_size
 
 
+def is_local(url: str) -> bool:
+    """Whether a source is a path on this machine."""
+    return not url.startswith(PREFIX) and not is_remote(url)
+
+
 def local_size(url: str) -> int | None:
     """Bytes of a file on this machine; None for anything else, whose size is unknown or costs a request.
 
     Raises:
         NotFound, StorageError: it is not there, or cannot be looked at.
     """
-    if url.startswith(PREFIX) or is_remote(url):
+    if not is_local(url):
         return None
     with translating(url):
         status = local_path(url).stat()
@@ -349,6 +358,21 @@ class Destination:
                 with contextlib.suppress(OSError):  # as below: what stays, the next run removes
                     temporary.unlink(missing_ok=True)
                 self.leave()
+
+    def settle(self, names: Sequence[str]) -> None:
+        """Whatever happens to the machine, these files stay; and whoever reads them next reads the disk, not memory."""
+        for name in names:
+            with translating(self.place(name)):
+                descriptor = os.open(self.path(name), os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                    with contextlib.suppress(OSError):
+                        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                finally:
+                    os.close(descriptor)
+        for folder in sorted({self.path(name).parent for name in names}):
+            with translating(self.where):
+                _sync_folder(folder)
 
     def leave(self) -> None:
         """The last one to work on a data set that is published leaves no empty folder behind."""

@@ -27,7 +27,8 @@ LEVELS = {
     "lanes buffers inflate tar codes raster rle plan order selection augment world differences",
     2: "annotations images recoding manifest state choice keys layout sidecars batch",
     3: "heartbeat sample runs source shard reader members schedule decode assembly stats examples table figure",
-    4: "convert publication restore pipeline stream dataset facts accounts contents comparison verify report export",
+    4: "convert publication restore pipeline stream dataset facts accounts contents comparison deletion "
+    "verify report export",
     5: "config status engines log progress interop synth cli",
 }
 

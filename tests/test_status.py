@@ -20,9 +20,10 @@ from sa1b_wds.convert import Job, Progress, read_plan
 from sa1b_wds.errors import DataError, StorageError
 from sa1b_wds.heartbeat import Beat, Heart, beat_name, read_beats
 from sa1b_wds.objects import Bucket
+from sa1b_wds.plan import Plan, Source, make_plan
 from sa1b_wds.process import identity
-from sa1b_wds.progress import duration, status_lines, watch
-from sa1b_wds.status import command, leave_error, read_status, run_reported
+from sa1b_wds.progress import duration, plan_lines, status_lines, watch
+from sa1b_wds.status import GUESS, Rate, command, expected_rate, leave_error, read_status, run_reported
 from sa1b_wds.storage import Destination
 
 from . import making, running, servers
@@ -460,3 +461,53 @@ def test_a_run_in_a_bucket_from_its_first_beat_to_its_end(
     assert call("status", place) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{place}: published"
     assert not [name for name in Bucket(place).names() if name.startswith(".state")]
+
+
+# ---- what a plan costs -----------------------------------------------------------------------------------------------
+
+
+def archive(mix: int, tars: int = 8, size: int = 11_300_000_000) -> Plan:
+    sources = [Source(name=f"sa_{n:06d}.tar", size=size) for n in range(tars)]
+    return make_plan(sources, shard_size=1 << 30, mix=mix, seed=0)
+
+
+def test_a_plan_says_what_it_costs() -> None:
+    lines = plan_lines(archive(4), Rate(rate=200e6, basis="a guess"))
+    assert lines == [
+        "a task: up to 3 min at 200 MB/s (a guess), 12.1 GB of scratch with the usual --pairing-buffer; all of them: "
+        "0.13 task hours"
+    ]
+    assert "no scratch" in plan_lines(archive(1, size=1 << 30), Rate(rate=200e6, basis="a guess"))[0]
+
+
+def test_tasks_that_outlast_a_machine_that_may_be_taken_back_are_warned_of() -> None:
+    slow = Rate(rate=6_200_000, basis="a guess")
+    assert len(plan_lines(archive(4), slow)) == 2
+    assert "2 h 01 min" in plan_lines(archive(4), slow)[1]
+    assert "a smaller --mix" in plan_lines(archive(4), slow)[1]
+    assert len(plan_lines(archive(3), slow)) == 1
+    assert "take machines that stay" in plan_lines(archive(1), Rate(rate=1e6, basis="a guess"))[1]
+
+
+def test_what_the_rate_is_based_on(job: Job, sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where, now = job.destination, time.time()
+    empty = Destination(f"{where.where}-none")
+    assert expected_rate(empty, None, now=now).rate == GUESS
+    assert expected_rate(where, None, now=now).rate == GUESS
+    beat(job, 1, started=now - 20, now=now - 10, bytes_read=4_000)
+    running_ = expected_rate(where, None, now=now)
+    assert running_.rate == pytest.approx(400)
+    assert running_.basis == "the median of 1 running task"
+    run_reported(job, 0)
+    done = read_beats(where, [0])[0]
+    measured = expected_rate(where, None, now=now)
+    assert measured.rate == pytest.approx(done.rate)
+    assert measured.basis == "the median of 1 finished task"
+    assert expected_rate(where, 7, now=now) == Rate(rate=7, basis="as --rate says")
+    options = ("--out", where.where, "--mix", 1, "--shard-size", "1MiB", "--dry-run")
+    assert call("plan", sources, *options) == 0
+    assert "(the median of 1 finished task), no scratch" in capsys.readouterr().out
+    assert call("plan", sources, *options, "--rate", "1") == 0
+    said = capsys.readouterr().out
+    assert "(as --rate says)" in said
+    assert "warning: a task of " in said
