@@ -65,7 +65,7 @@ def has_forked() -> bool:
 _STARTED: set[int] = set()
 """The process that uses obstore, if one does."""
 
-_VARIABLES = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "AZURE_")
+_VARIABLES = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "AZURE_", "AZURITE_")
 
 
 @lru_cache(maxsize=32)

@@ -33,11 +33,32 @@ REQUIREMENTS = {
 }
 """What pip installs into each."""
 
+SERVERS = {"azurite": "azurite@3.35.0"}
+"""What npm installs into each: servers that the tests start, where Node.js is there."""
+
 
 def python(name: str) -> Path | None:
     """The interpreter of an environment; None where it is not there."""
     path = FOLDER / name / "bin" / "python"
     return path if (FOLDER / name / "stamp").exists() and path.exists() else None
+
+
+def make_server(name: str) -> None:
+    """Install a server by npm, if need be.
+
+    Raises:
+        CalledProcessError, FileNotFoundError: npm could not install it, or is not there.
+    """
+    folder = FOLDER / name
+    stamp = folder / "stamp"
+    if stamp.exists() and stamp.read_text() == SERVERS[name]:
+        return
+    print(f"Setting up {folder.relative_to(ROOT)}, the first time only ...", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    quiet = ["--no-audit", "--no-fund", "--loglevel=error"]
+    subprocess.run(["npm", "install", *quiet, "--prefix", str(folder), SERVERS[name]], check=True, timeout=600)
+    stamp.write_text(SERVERS[name])
 
 
 def make(name: str) -> Path:
@@ -66,14 +87,15 @@ def make(name: str) -> Path:
 
 
 def main(names: list[str]) -> int:
-    if not names or set(names) - {*REQUIREMENTS, "all"}:
-        print(f"{__doc__}\nenvironments: {', '.join(REQUIREMENTS)}", file=sys.stderr)
+    known = [*REQUIREMENTS, *SERVERS]
+    if not names or set(names) - {*known, "all"}:
+        print(f"{__doc__}\nenvironments: {', '.join(known)}", file=sys.stderr)
         return 2
     failed = []
-    for name in REQUIREMENTS if "all" in names else names:
+    for name in known if "all" in names else names:
         try:
-            make(name)
-        except subprocess.CalledProcessError as error:
+            make_server(name) if name in SERVERS else make(name)
+        except (subprocess.SubprocessError, OSError) as error:
             print(f"##### the environment {name} could not be made: {error} #####", file=sys.stderr)
             failed.append(name)
     return int(bool(failed))

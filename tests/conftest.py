@@ -21,8 +21,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "all")
 # Where the tests run inside a job of a batch system, or next to a user's clouds, nothing of it may reach them. At once,
 # not by a fixture: the processes that tests start inherit it too.
 FOREIGN = (
-    "SLURM_", "OMPI_", "PMI_", "AWS_", "GOOGLE_", "AZURE_", "STORAGE_EMULATOR_HOST", "CLOUD_RUN_", "JOB_COMPLETION_",
-    "SA1B_WDS_",
+    "SLURM_", "OMPI_", "PMI_", "AWS_", "GOOGLE_", "AZURE_", "AZURITE_", "STORAGE_EMULATOR_HOST", "CLOUD_RUN_",
+    "JOB_COMPLETION_", "SA1B_WDS_",
 )  # fmt: skip
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 for name in [name for name in os.environ if name.startswith(FOREIGN) or name in RANKS]:
@@ -46,6 +46,13 @@ def pytest_report_header() -> list[str]:
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
     """A real S3 server."""
     with servers.s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """Microsoft's emulator of Azure's blobs."""
+    with servers.azure_server(tmp_path_factory.mktemp("azure")) as server:
         yield server
 
 

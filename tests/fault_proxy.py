@@ -67,6 +67,8 @@ class FaultProxy:
         self.upstream = upstream
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.translate: Callable[[dict[str, str]], dict[str, str]] = lambda headers: headers
+        """What becomes of a request's headers on their way to the real server."""
         self.rate: int | None = None
         """Bytes a second that each connection gets of an answer."""
         self._lock = threading.Lock()
@@ -176,7 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
         connection = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
         try:
             connection.putrequest(request.method, request.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():  # as they came: the signature covers them, Host too
+            headers = self.proxy.translate(dict(self.headers.items()))  # as they came: the signature covers Host too
+            for name, value in headers.items():
                 if name.lower() != "connection":
                     connection.putheader(name, value)
             connection.endheaders(request.body or None)

