@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from .convert import Job
+    from .engines import Engine
     from .limits import Limits
     from .log import Log
     from .plan import Plan
@@ -246,7 +247,8 @@ def convert(
         Parameter(help="One task of a written plan: its number, or auto (from the batch system's variables)."),
     ] = None,
     workers: int | None = None,
-    engine: Literal["local"] | None = None,
+    engine: Literal["local", "ray"] | None = None,
+    cpus_per_task: int | None = None,
     shard_size: Size = None,
     mix: int | None = None,
     seed: int | None = None,
@@ -283,9 +285,12 @@ def convert(
     only
         Tars to take of the links file: names, braces allowed ('sa_0000{00..99}.tar').
     workers
-        Processes, each with threads of its own (half the cores).
+        Processes, each with threads of its own (half the cores); with Ray the most tasks at once (all there is room
+        for).
     engine
-        What runs the tasks.
+        What runs the tasks: processes on this machine, or a Ray cluster (RAY_ADDRESS, else one of this machine's own).
+    cpus_per_task
+        Cores that Ray reserves for a task (2).
     shard_size
         Bytes a shard should have (1GiB).
     mix
@@ -342,6 +347,7 @@ def convert(
         assume_size=assume_size,
         workers=workers,
         engine=engine,
+        cpus_per_task=cpus_per_task,
         on_damage=on_damage,
         pairing_buffer=pairing_buffer,
         scratch=scratch,
@@ -364,6 +370,8 @@ def convert(
     with log.last_words():
         if task is None:
             _quality_of_something(quality, o)
+        elif engine == "ray":
+            raise UsageError("--engine ray", "runs all tasks of a plan, --task one of them: leave out one of the two")
         _convert(o, task, said, log)
 
 
@@ -376,6 +384,7 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
     from .status import command, planned
     from .storage import Destination
 
+    run_tasks = _engine(o, log, here=task is not None)  # what it lacks is said before anything is written
     network = options.limits(o, os.environ)
     destination = Destination(_required(o.out, "--out"), network)
     if task is None:
@@ -422,7 +431,7 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
                 _say(f"{done:,} of {len(made.tasks):,} tasks are done already")
     else:
         tasks = tasks_of(task, len(made.tasks), os.environ)
-    _run(job, tasks, count, log)
+    _run(job, tasks, run_tasks, log)
     if task is None:
         manifest = finalize(destination)
         if log.is_json:
@@ -455,13 +464,24 @@ def _same_options(where: str, made: "Plan", o: options.Convert, said: list[str])
             raise PlanMismatch(where, f"another plan is there: {name} is {shown[0]} in it, {shown[1]} here")
 
 
-def _run(job: "Job", tasks: list[int], workers: int, log: "Log") -> None:
+def _engine(o: options.Convert, log: "Log", *, here: bool) -> "Engine":
+    """What runs the tasks: what the options say, or, `here`, this machine in any case."""
+    from . import engines
+
+    if o.engine == "ray" and not here:
+        from .engines_ray import engine
+
+        return engine(cpus_per_task=o.cpus_per_task, at_once=o.workers, say=lambda text: log.say("ray", f"sa1b-wds: {text}", message=text))
+    return engines.pool(o.workers or max(1, engines.cores() // 2))
+
+
+def _run(job: "Job", tasks: list[int], engine: "Engine", log: "Log") -> None:
     from . import engines
     from .progress import display
 
     failures: list[engines.Failure] = []
     with display(job.plan, tasks, log) as shown:
-        for ended in engines.pool(workers)(job, tasks, shown.report) if tasks else ():
+        for ended in engine(job, tasks, shown.report) if tasks else ():
             if isinstance(ended, engines.Failure):
                 failures.append(ended)
                 log.error(ended.error, ended.task)

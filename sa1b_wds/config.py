@@ -103,9 +103,11 @@ class Convert(_Planning, frozen=True, kw_only=True):
     SECTION: ClassVar[str] = "convert"
 
     workers: Count | None = None
-    """Processes; None: half the cores."""
-    engine: Literal["local"] = "local"
+    """Processes; None: half the cores. With Ray the most tasks at once; None: all there is room for."""
+    engine: Literal["local", "ray"] = "local"
     """What runs the tasks."""
+    cpus_per_task: Count = 2
+    """Cores that Ray reserves for a task."""
     on_damage: Literal["fail", "salvage"] = "fail"
     """What is done about a source that cannot be read to its end."""
     pairing_buffer: Size = Size(512 << 20)

@@ -268,7 +268,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
         return Outcome(task=index, already_done=True, receipt=receipt, seconds=0.0)
     if plan.recoding is not None:
         recoding.check(plan.recoding)
-    scratch = Scratch(_scratch_folder(plan, task, options))
+    scratch = Scratch(checked_scratch(plan, task, options))
     _allow_files(label, task.shards)
     pool = Pool(idle=64 * MIB)
     table = Table(pool, options.pairing_buffer, scratch)
@@ -518,8 +518,12 @@ def scratch_bytes(plan: Plan, task: Task, options: Options) -> int:
     return max(0, plan.bytes_of(task) * 28 // 100 - options.pairing_buffer)
 
 
-def _scratch_folder(plan: Plan, task: Task, options: Options) -> Path:
-    """The folder for waiting members, if what may have to wait there fits."""
+def checked_scratch(plan: Plan, task: Task, options: Options) -> Path:
+    """The folder for waiting members, if what may have to wait there fits.
+
+    Raises:
+        NotFound, UsageError, NoSpace: it is not there, lies in memory, or is too small.
+    """
     folder = options.scratch or scratch_folder()
     need = scratch_bytes(plan, task, options)
     if need > 0:

@@ -20,6 +20,7 @@ REQUIREMENTS = {
     "energon": ["megatron-energon==7.4.1", "torch==2.13.0"],
     "dali": ["nvidia-dali-cuda120==2.4.0", "numpy"],
     "ray": ["ray[data]==2.60.0", "pillow"],
+    "engine": ["ray==2.60.0", "-e", str(ROOT)],  # the converter on a Ray cluster
     "training": ["lightning", "accelerate", "transformers", "torch==2.13.0", "-e", str(ROOT)],
     "tfds": [
         "tensorflow-datasets==4.9.10",

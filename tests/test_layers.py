@@ -29,11 +29,14 @@ LEVELS = {
     3: "heartbeat sample runs source shard reader members schedule decode assembly stats examples table figure",
     4: "convert publication restore pipeline stream dataset facts accounts contents comparison deletion "
     "verify report export",
-    5: "config status engines log progress interop synth cli",
+    5: "config status engines engines_ray log progress interop synth cli",
 }
 
 # They meet only in the format: neither imports the other, by whatever way.
-CONVERT = {"heartbeat", "sample", "source", "shard", "convert", "runs", "publication", "status", "engines", "progress"}
+CONVERT = {
+    "heartbeat", "sample", "source", "shard", "convert", "runs", "publication", "status", "engines", "engines_ray",
+    "progress",
+}  # fmt: skip
 STREAM = {
     "order", "state", "choice", "augment", "reader", "schedule", "decode", "assembly", "batch", "pipeline", "stream",
     "dataset",
@@ -50,7 +53,7 @@ SEAMS = {
     "pycocotools": set(),
     "safetensors": set(),
     "torch": {f"interop.torch{part}" for part in ("", ".board", ".masks", ".stream", ".tensors")} | {"world"},
-    "ray": {"engines"},
+    "ray": {"engines_ray"},
     "obstore": {"clouds"},
     "boto3": {"clouds"},
     "webdataset": {"interop.webdataset"},
