@@ -471,7 +471,10 @@ def _engine(o: options.Convert, log: "Log", *, here: bool) -> "Engine":
     if o.engine == "ray" and not here:
         from .engines_ray import engine
 
-        return engine(cpus_per_task=o.cpus_per_task, at_once=o.workers, say=lambda text: log.say("ray", f"sa1b-wds: {text}", message=text))
+        def say(text: str) -> None:
+            log.say("ray", f"sa1b-wds: {text}", message=text)
+
+        return engine(cpus_per_task=o.cpus_per_task, at_once=o.workers, say=say)
     return engines.pool(o.workers or max(1, engines.cores() // 2))
 
 

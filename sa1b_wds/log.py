@@ -1,7 +1,7 @@
 """What a conversion says while it runs: a sentence, or with `--log-format json` one object a line on standard error.
 
 Every object has `time` (UTC) and `event`: `plan`, `shard`, `task`, `kept` and
-`deleted` (sources, with `--delete-source`), `error`, `stopped`, `published`. Sizes are bytes,
+`deleted` (sources, with `--delete-source`), `error`, `stopped`, `published`, `ray`. Sizes are bytes,
 times are seconds, `mb_per_second` is 10⁶ bytes a second: a task's of its sources, a shard's its own.
 """
 

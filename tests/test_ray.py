@@ -22,7 +22,6 @@ from . import cluster, making, running
 from .cluster import ADDRESS, ROOT, Network, Node, interpreter
 
 TASKS = 4
-PLAN = {"mix": 1, "shard_size": 1 << 20, "seed": 0}
 OPTIONS = ["--mix", "1", "--shard-size", "1MiB", "--assume-size", "1MiB"]
 
 Tree = dict[str, str]
@@ -193,7 +192,8 @@ def test_a_worker_and_a_node_are_killed(
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_stopped_and_gone_on_with(network: Network, head: Node, tars: Path, expected: Tree, tmp_path: Path) -> None:
-    plan = make_plan([Source(name=path.name, size=1 << 20) for path in sorted(tars.iterdir())], **PLAN)
+    sources = [Source(name=path.name, size=1 << 20) for path in sorted(tars.iterdir())]
+    plan = make_plan(sources, shard_size=1 << 20, mix=1, seed=0)
     (free,) = plan.tasks[0].sources
     gate = Gate(tars, tmp_path / "gate", held=lambda number: number != free)
     driver = Driver(network, tmp_path, gate.sources)
