@@ -21,9 +21,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .convert import Job, Outcome, Progress, read_plan, checked_scratch
+from .convert import Job, Outcome, Progress, checked_scratch, read_plan
 from .engines import Engine, Failure, Report, cores
 from .errors import MissingPackage, NoCredentials, Sa1bError, StorageError, Unreachable, UsageError
+from .manifest import receipt_name
 from .pipe import PREFIX
 from .remote import is_remote
 from .status import leave_error, run_reported
@@ -171,13 +172,14 @@ def _work(packed: bytes, task: int, driver: str, folder: str, board: Any) -> "Ou
     job: Job = pickle.loads(packed)
     with contextlib.suppress(OSError):
         os.chdir(folder)
-    for path in _local_sources(job, task):
-        if not path.exists():
-            return unfit(StorageError(str(path), f"this node does not see this source: {SHARED}"), path)
     try:
         _check_node(job, task)
     except Sa1bError as error:
         return unfit(error)
+    # Of a task that was lost after it had published, the sources may be deleted by now.
+    for path in [] if job.destination.exists(receipt_name(task)) else _local_sources(job, task):
+        if not path.exists():
+            return unfit(StorageError(str(path), f"this node does not see this source: {SHARED}"), path)
     board.begun.remote(task, host)
     last = 0.0
 
