@@ -262,6 +262,10 @@ class Stream(Section, frozen=True, kw_only=True):
     """Requests of a process to one server at once; None: $SA1B_WDS_CONNECTIONS, or 32."""
     hedge: Share | None = None
     """Share of the bytes that may be asked for twice, where answers are late; None: $SA1B_WDS_HEDGE, or 0.05."""
+    cache: Path | None = None
+    """Folder on the node's own disk that keeps what was read from far away; None: nothing is kept."""
+    cache_size: Size | None = None
+    """Bytes that this folder may take."""
 
 
 SECTIONS: dict[str, type[Section]] = {

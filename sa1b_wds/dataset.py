@@ -5,6 +5,7 @@ ds[0].annotations.bbox, ds["sa_223750"].image, ds.take(4), ds.select(["sa_1", "s
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import numpy as np
 from . import state as states
 from .annotations import Annotations, restore, unpack
 from .buffers import Pool
+from .cache import Cache
 from .errors import (
     Denied,
     FormatError,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from .examples import Examples
     from .images import U8
     from .stream import Stream
+
+_log = logging.getLogger("sa1b_wds")
 
 _NO_IMAGES = "no photographs here: the annotations alone were exported (export --annotations-only)"
 _SCANNERS = 8  # shards read at once where there is no manifest
@@ -260,6 +264,8 @@ def open(
     *,
     split: str = SPLIT,
     keys: Iterable[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | None = None,
 ) -> Dataset:
     """Open a data set.
 
@@ -269,16 +275,24 @@ def open(
             read once to find its samples, unless its `.tar.idx` lies beside it.
         split: TFDS's slice notation: `train[:1%]`, `train[100:200]`, sums with `+`; see `selection.parse_split`.
         keys: only the samples with these keys.
+        cache: a folder on this node's own disk where samples that come from an object store or a web server are kept,
+            shared by the processes of the node and by data sets; see `cache`. Needs a manifest. A data set on a path
+            does without, and says so.
+        cache_size: bytes that this folder may take.
 
     Raises:
         NotFound, Denied, StorageError: nothing there, or it cannot be read.
         Incomplete: a conversion that was not finalized.
         FormatError: a manifest that is damaged or of an unknown version.
         ShardDamaged: a shard without a manifest that is cut, or whose members are no pairs.
-        UsageError: a split that is none.
+        UsageError: a split that is none; a cache without a size, or for shards without a manifest.
     """
+    if cache is not None and cache_size is None:
+        raise UsageError("cache_size", "a cache needs a bound: the bytes that its folder may take")
     if isinstance(location, str | os.PathLike):
-        ds = _open_one(os.fspath(location))
+        ds = _open_one(os.fspath(location), os.fspath(cache) if cache is not None else None, cache_size or 0)
+    elif cache is not None:
+        raise UsageError("cache", _NO_CACHE)
     else:
         ds = _open_shards([url for one in location for url in _expanded(os.fspath(one))], f"{len(location)} shards")
     if split != SPLIT:
@@ -287,27 +301,42 @@ def open(
     return ds if keys is None else ds.select(keys)
 
 
-def _open_one(location: str) -> Dataset:
+_NO_CACHE = "only a data set with a manifest can be kept: its checksums tell what is sound"
+
+
+def _open_one(location: str, cache: str | None, cache_size: int) -> Dataset:
     if location.startswith(PREFIX) or location.endswith(".tar") or "{" in location:
+        if cache is not None:
+            raise UsageError("cache", _NO_CACHE)
         return _open_shards(_expanded(location), location)
     folder = Destination(location)
     if folder.exists(MANIFEST_NAME):
-        return _open_manifest(folder)
+        if cache is not None and not is_remote(location):
+            _log.warning("cache %s: not used, since %s is not an object store", cache, location)
+            cache = None
+        return _open_manifest(folder, cache, cache_size)
     if folder.exists(PLAN_NAME):
         raise Incomplete(location, f"not finalized: run `sa1b-wds finalize {location}`", MANIFEST_NAME, "only a plan")
     if not is_remote(location) and not local_path(location).exists():
         raise NotFound(location, "no such file or folder")
+    if cache is not None:
+        raise UsageError("cache", _NO_CACHE)
     return _open_shards(expand([location]), location)
 
 
-def _open_manifest(folder: Destination) -> Dataset:
+def _open_manifest(folder: Destination, cache: str | None, cache_size: int) -> Dataset:
     manifest = load_manifest(folder.read(MANIFEST_NAME), folder.place(MANIFEST_NAME))
     where = folder.where
+    kept = None
+    if cache is not None:
+        kept = Cache(cache, cache_size, manifest.digest, [fact.bytes for fact in manifest.shards])
+        kept.prepare()
     shards = []
-    for fact in manifest.shards:
+    for number, fact in enumerate(manifest.shards):
         place = folder.place(fact.name)
-        find = SideFiles(where=place, fact=fact, read=folder.read, images=manifest.has_images)
-        shards.append(ShardPlace(place, fact.samples, fact.bytes, find))
+        shard = kept.shard(number, fact.name, fact.sha256) if kept is not None else None
+        find = SideFiles(where=place, fact=fact, read=folder.read, images=manifest.has_images, kept=shard)
+        shards.append(ShardPlace(place, fact.samples, fact.bytes, find, shard))
     counts = [fact.samples for fact in manifest.shards]
     if sum(counts) != manifest.totals.samples:
         raise FormatError(

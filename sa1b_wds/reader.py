@@ -4,9 +4,12 @@ With a manifest, each shard has `<shard>.idx` (where its samples begin) and `ind
 both held against the manifest's SHA-256 when first needed: so a shard that is cut, changed, exchanged or has lost a
 sample is found before one of its bytes is decoded. Without one (brace lists, `pipe:`), what can be known is checked:
 every header byte for byte, whole pairs, the two end blocks and nothing behind them.
+
+With a cache, samples are taken from there where they are kept; the shard itself is opened when one is not.
 """
 
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,6 +25,7 @@ from zlib_ng import zlib_ng
 
 from . import tar
 from .buffers import Buffer, Pool
+from .cache import ShardCache, Spans
 from .errors import FormatError, Sa1bError, ShardDamaged, StorageError
 from .format import ROW
 from .layout import I64, ShardIndex, check_end, check_offsets, image_id_of, split_span
@@ -30,6 +34,8 @@ from .manifest import ShardFact
 from .pipe import PREFIX
 from .ranged import ForwardFile, Ranged, open_ranged
 from .traffic import Traffic
+
+_log = logging.getLogger("sa1b_wds")
 
 _MOST_BYTES_AT_ONCE = 64 << 20
 
@@ -66,7 +72,16 @@ class ReadCost:
     check: float = 0.0
     """Seconds."""
     bytes: int = 0
+    """Of samples, wherever they came from."""
     traffic: Traffic = field(default_factory=Traffic)
+    cache_bytes: int = 0
+    """Of these, from the cache."""
+    cache_hits: int = 0
+    """Samples."""
+    cache_misses: int = 0
+    """Samples."""
+    cache_damaged: int = 0
+    """Samples that were in the cache and not what they should be; they count as misses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +95,7 @@ class SideFiles:
     """Reads a file by its name in the manifest."""
     images: bool = True
     """Whether samples have a jpg."""
+    kept: ShardCache | None = None
 
     def __call__(self) -> ShardIndex:
         """Raises: FormatError, ShardDamaged, StorageError."""
@@ -102,7 +118,16 @@ class SideFiles:
             raise FormatError(
                 self.where, "the manifest lists no such side file", name, [f.name for f in self.fact.files]
             )
-        data = self.read(name)
+        number = next((i for i, end in enumerate((".tar.idx", ".rows")) if name.endswith(end)), None)
+        if self.kept is None or number is None:
+            data = self.read(name)
+        else:
+            data = self.kept.side(
+                number,
+                fact.bytes,
+                lambda found: hashlib.sha256(found).hexdigest() == fact.sha256,
+                lambda: self.read(name),
+            )
         where = f"{self.where}: {name}"
         if len(data) != fact.bytes:
             place = f"{where}: byte {min(len(data), fact.bytes):,}"
@@ -134,11 +159,12 @@ class ShardPlace:
     """Bytes."""
     find: Callable[[], ShardIndex]
     """Makes its index."""
+    kept: ShardCache | None = None
+    """What is kept of it on this node."""
 
 
 @dataclass(slots=True)
 class _Open:
-    index: ShardIndex
     file: Ranged | None
     """None: it cannot be opened, or only reads forwards."""
     damage: Sa1bError | None
@@ -147,14 +173,16 @@ class _Open:
 
 
 class Shard:
-    """One shard, its index and its open file; both are made when first needed. Several threads may read at once."""
+    """One shard, its index and its open file; each is made when first needed. Several threads may read at once."""
 
     def __init__(self, place: ShardPlace, limits: Limits | None = None) -> None:
         self.where, self.length = place.where, place.length
         self._limits = limits
-        self._find = place.find
+        self._find, self._kept = place.find, place.kept
         self._lock = threading.Lock()
+        self._index: ShardIndex | None = None
         self._open: _Open | None = None
+        self._stop = threading.Event()
         self._forward: list[ForwardFile] = []
         self._busy: set[ForwardFile] = set()
 
@@ -165,6 +193,7 @@ class Shard:
 
     def interrupt(self) -> None:
         """End what is being waited for: whoever waits gets an error, and the shard is of no use any more."""
+        self._stop.set()
         with self._lock:
             for forward in self._busy:
                 forward.interrupt()
@@ -173,17 +202,21 @@ class Shard:
 
     def index(self) -> ShardIndex:
         """Raises: FormatError, ShardDamaged, StorageError."""
-        return self._opened().index
+        with self._lock:
+            if self._index is None:
+                self._index = self._find()
+            return self._index
 
     def _opened(self) -> _Open:
         with self._lock:
             if self._open is None:
-                index = self._find()
                 try:
                     file = None if self.is_forward else open_ranged(self.where, self._limits)
-                    self._open = _Open(index, file, self._wrong_length(file) if file else None)
+                    self._open = _Open(file, self._wrong_length(file) if file else None)
                 except StorageError as error:
-                    self._open = _Open(index, None, error)
+                    self._open = _Open(None, error)
+                if self._stop.is_set() and self._open.file is not None:
+                    self._open.file.interrupt()
             return self._open
 
     def _wrong_length(self, file: Ranged) -> ShardDamaged | None:
@@ -205,37 +238,97 @@ class Shard:
         Raises:
             FormatError, ShardDamaged, StorageError: the whole shard cannot be used.
         """
-        shard = self._opened()
-        if shard.damage is not None and not (tolerant and shard.file is not None):
-            raise shard.damage
+        index = self.index()
+        if self._kept is None:
+            self._usable(tolerant)
         out: list[Found] = []
         run: list[int] = []
         size = 0
         for place in places:
-            span = int(shard.index.offsets[place + 1] - shard.index.offsets[place])
+            span = int(index.offsets[place + 1] - index.offsets[place])
             if run and (place != run[-1] + 1 or size + span > _MOST_BYTES_AT_ONCE):
-                out += self._read_run(shard, run, pool, cost)
+                out += self._read_run(index, run, pool, cost, tolerant)
                 run, size = [], 0
             run.append(place)
             size += span
-        return out + self._read_run(shard, run, pool, cost) if run else out
+        return out + self._read_run(index, run, pool, cost, tolerant) if run else out
 
-    def _read_run(self, shard: _Open, run: list[int], pool: Pool, cost: ReadCost) -> list[Found]:
-        offsets = shard.index.offsets[run[0] : run[-1] + 2].tolist()
+    def _usable(self, tolerant: bool) -> _Open:
+        """The open shard; raises what is wrong with all of it."""
+        shard = self._opened()
+        if shard.damage is not None and not (tolerant and shard.file is not None):
+            raise shard.damage
+        return shard
+
+    def _read_run(self, index: ShardIndex, run: list[int], pool: Pool, cost: ReadCost, tolerant: bool) -> list[Found]:
+        if self._kept is None:
+            return self._fetch(index, run, pool, cost, tolerant)
+        found: dict[int, Found] = {}
+        with self._kept.spans(index.offsets, run[0], run[-1] + 1) as spans:
+            self._look_up(spans, index, run, found, pool, cost)
+            missing = [place for place in run if place not in found]
+            if missing:
+                # Another process may be fetching some of these, or have done so by now.
+                spans.claim(missing, self._stop)
+                self._look_up(spans, index, missing, found, pool, cost)
+                missing = [place for place in missing if place not in found]
+            cost.cache_misses += len(missing)
+            for some in _neighbours(missing):
+                fetched = self._fetch(index, some, pool, cost, tolerant)
+                found.update(zip(some, fetched, strict=True))
+                begin = perf_counter()
+                spans.keep(
+                    {p: s.buffer.view for p, s in zip(some, fetched, strict=True) if isinstance(s, PackedSample)}
+                )
+                cost.read += perf_counter() - begin
+        return [found[place] for place in run]
+
+    def _look_up(
+        self, spans: Spans, index: ShardIndex, places: list[int], found: dict[int, Found], pool: Pool, cost: ReadCost
+    ) -> None:
+        """Add to `found` what the cache has of these places."""
+        offsets = index.offsets
+        for place in spans.there(places):
+            buffer = pool.take(int(offsets[place + 1] - offsets[place]))
+            begin = perf_counter()
+            sample: Found | None = None
+            if spans.fill(place, buffer.view):
+                between = perf_counter()
+                sample = self._check(index, place, int(offsets[place]), buffer, pool, len(buffer.view))
+                cost.read += between - begin
+                cost.check += perf_counter() - between
+            if isinstance(sample, PackedSample):
+                found[place] = sample
+                cost.cache_hits += 1
+                cost.cache_bytes += len(buffer.view)
+                cost.bytes += len(buffer.view)
+                continue
+            pool.give(buffer)
+            spans.drop(place)
+            cost.cache_damaged += 1
+            _log.warning("damaged in the cache, fetched again: %s", sample or f"{self.where}: sample {place}")
+
+    def _fetch(self, index: ShardIndex, run: list[int], pool: Pool, cost: ReadCost, tolerant: bool) -> list[Found]:
+        """Samples that stand together, from the shard itself."""
+        try:
+            shard = self._usable(tolerant)
+        except Sa1bError as error:
+            return [error] * len(run)
+        offsets = index.offsets[run[0] : run[-1] + 2].tolist()
         buffers = [pool.take(b - a) for a, b in pairwise(offsets)]
         begin = perf_counter()
         try:
-            got = self._fill(shard, offsets[0], [buffer.view for buffer in buffers], run[-1] + 1 == len(shard.index))
+            got = self._fill(shard, offsets[0], [buffer.view for buffer in buffers], run[-1] + 1 == len(index))
         except Sa1bError as error:
             for buffer in buffers:
                 pool.give(buffer)
             if len(run) == 1:
                 return [error]
-            return [found for place in run for found in self._read_run(shard, [place], pool, cost)]
+            return [found for place in run for found in self._fetch(index, [place], pool, cost, tolerant)]
         between = perf_counter()
         out: list[Found] = []
         for place, offset, buffer in zip(run, offsets[:-1], buffers, strict=True):
-            sample = self._check(shard.index, place, offset, buffer, pool, got - (offset - offsets[0]))
+            sample = self._check(index, place, offset, buffer, pool, got - (offset - offsets[0]))
             if isinstance(sample, Sa1bError):
                 pool.give(buffer)
             out.append(sample)
@@ -359,6 +452,17 @@ class Shards:
         """Let go of everything that is open."""
         with self._lock:
             self._open.clear()
+
+
+def _neighbours(places: list[int]) -> list[list[int]]:
+    """Rising places in groups that stand together."""
+    out: list[list[int]] = []
+    for place in places:
+        if out and out[-1][-1] == place - 1:
+            out[-1].append(place)
+        else:
+            out.append([place])
+    return out
 
 
 def length_of(index: ShardIndex) -> int:

@@ -26,7 +26,15 @@ class Stats:
     masks: int
     """Rasterised."""
     bytes: int
-    """Read."""
+    """Of samples read, from wherever."""
+    cache_bytes: int
+    """Of these, from the cache."""
+    cache_hits: int
+    """Samples read from the cache."""
+    cache_misses: int
+    """Samples that a cache did not have; 0 without one."""
+    cache_damaged: int
+    """Samples dropped from the cache because they were not what they should be."""
     skipped: int
     """Samples left out by `on_error="skip"`."""
     retries: int
@@ -70,6 +78,11 @@ class Stats:
         return str(Traffic(**{its: getattr(self, name) for name, its in _TRAFFIC.items()}))
 
     @property
+    def source_bytes(self) -> int:
+        """Bytes of samples that came from where the data set lies."""
+        return self.bytes - self.cache_bytes
+
+    @property
     def bottleneck(self) -> str:
         """`training`, or which part of loading: `reading` or `decoding`."""
         if self.wait < 0.1 * self.elapsed:
@@ -87,6 +100,9 @@ class Stats:
             f"waited {self.wait / seconds:.0%} of the time; {self.ahead} batches and "
             f"{self.held / MIB:,.0f} MiB ahead; bottleneck: {self.bottleneck}"
         )
+        if looked := self.cache_hits + self.cache_misses:
+            text += f"; cache: {self.cache_hits / looked:.0%} of {looked:,} samples, {self.cache_bytes / MIB:,.0f} MiB"
+            text += f", {self.cache_damaged:,} damaged" if self.cache_damaged else ""
         if self.traffic:
             text += f"; {self.traffic}"
         if self.skipped:
@@ -160,6 +176,10 @@ class Sums:
             "samples": sum(d.samples for d in decode),
             "masks": sum(d.drawn for d in decode),
             "bytes": sum(r.bytes for r in read),
+            "cache_bytes": sum(r.cache_bytes for r in read),
+            "cache_hits": sum(r.cache_hits for r in read),
+            "cache_misses": sum(r.cache_misses for r in read),
+            "cache_damaged": sum(r.cache_damaged for r in read),
             "skipped": tally.skipped,
             **{name: sum(getattr(r.traffic, its) for r in read) for name, its in _TRAFFIC.items()},
             "read": sum(r.read for r in read),
@@ -186,6 +206,10 @@ class Sums:
             samples=int(sums["samples"]),
             masks=int(sums["masks"]),
             bytes=int(sums["bytes"]),
+            cache_bytes=int(sums["cache_bytes"]),
+            cache_hits=int(sums["cache_hits"]),
+            cache_misses=int(sums["cache_misses"]),
+            cache_damaged=int(sums["cache_damaged"]),
             skipped=int(sums["skipped"]),
             retries=int(sums["retries"]),
             throttled=int(sums["throttled"]),

@@ -23,8 +23,8 @@ PACKAGE = Path(sa1b_wds.__file__).parent
 # What is imported for types alone may also stand behind it in the same level: a stream names the data set it is of.
 LEVELS = {
     0: "errors format geometry jit permutation",
-    1: "limits traffic transfer web clouds signing remote links uploads process objects pipe storage ranged ahead "
-    "lanes buffers inflate tar codes raster rle plan order selection augment world differences",
+    1: "limits traffic transfer web clouds signing remote links uploads process objects pipe storage extents cache "
+    "ranged ahead lanes buffers inflate tar codes raster rle plan order selection augment world differences",
     2: "annotations images recoding manifest state choice keys layout sidecars batch",
     3: "heartbeat sample runs source shard reader members schedule decode assembly stats examples table figure",
     4: "convert publication restore pipeline stream dataset facts accounts contents comparison deletion "
@@ -39,7 +39,7 @@ CONVERT = {
 }  # fmt: skip
 STREAM = {
     "order", "state", "choice", "augment", "reader", "schedule", "decode", "assembly", "batch", "pipeline", "stream",
-    "dataset",
+    "dataset", "cache", "extents",
 }  # fmt: skip
 
 # Packages that one module hides from the rest of the project, so that each can be exchanged there.

@@ -14,6 +14,7 @@ import pytest
 
 import sa1b_wds
 from sa1b_wds import cli
+from sa1b_wds.batch import Batch
 from sa1b_wds.errors import Incomplete, NotFound, ShardDamaged, StorageError, Unreachable
 from sa1b_wds.objects import Bucket
 from sa1b_wds.restore import restore
@@ -53,11 +54,13 @@ def proxy(s3: servers.Server, uploaded: None, monkeypatch: pytest.MonkeyPatch) -
 def digest_of(location: str | Path, rank: int = 0, world: int = 1) -> list[str]:
     """A hash of each batch of a rank's epoch."""
     stream = sa1b_wds.open(location).stream(rank=rank, world_size=world, threads=2, **OPTIONS)
-    out = []
-    for batch in stream:
-        parts = [f"{k}".encode() + (np.ascontiguousarray(v).tobytes() if k != "key" else b"") for k, v in batch.items()]
-        out.append(hashlib.sha256(b"".join(parts)).hexdigest() + " " + " ".join(batch["key"]))
-    return out
+    return [batch_digest(batch) for batch in stream]
+
+
+def batch_digest(batch: Batch) -> str:
+    """A hash of all that a batch holds, and its keys."""
+    parts = [f"{k}".encode() + (np.ascontiguousarray(v).tobytes() if k != "key" else b"") for k, v in batch.items()]
+    return hashlib.sha256(b"".join(parts)).hexdigest() + " " + " ".join(batch["key"])
 
 
 def same_samples(a: object, b: object) -> None:
