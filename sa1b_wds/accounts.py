@@ -20,8 +20,10 @@ from .shard import deal
 from .storage import Destination, open_raw
 
 
-def check_keys(tell: Tell, destination: Destination, shards: Sequence[ShardFact]) -> Found:
-    """`index/keys.bin` against the rows of all shards."""
+def check_keys(
+    tell: Tell, destination: Destination, shards: Sequence[ShardFact], excluded: Sequence[int] = ()
+) -> Found:
+    """`index/keys.bin` against the rows of all shards; none of the images that are excluded may be there."""
     found = Found()
     where = destination.place(KEYS_NAME)
     try:
@@ -37,6 +39,8 @@ def check_keys(tell: Tell, destination: Destination, shards: Sequence[ShardFact]
                 f"{where}: row {i + 1}", "keys do not rise", f"more than sa_{int(ids[i])}", f"sa_{int(ids[i + 1])}"
             )
             return found
+        for image_id in ids[np.isin(ids, np.array(excluded, np.int64))].tolist():
+            found.add(where, f"sa_{image_id} is in the data set, and excluded by its plan")
         samples = 0
         for number, fact in enumerate(shards):
             tell(0)

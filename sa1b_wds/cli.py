@@ -118,6 +118,7 @@ def plan(
     seed: int | None = None,
     max_side: int | None = None,
     quality: int | None = None,
+    exclude: Only = None,
     assume_size: Size = None,
     dry_run: bool | None = None,
     rate: Size = None,
@@ -146,6 +147,9 @@ def plan(
         of the original. Without it they keep their bytes.
     quality
         JPEG quality of those, 1 to 100 (90).
+    exclude
+        Images to leave out: ids (sa_123 or 123), or files with one a line and # before comments. Their members are
+        counted, and their bytes kept nowhere, not in quarantine either.
     assume_size
         Bytes to assume for a source whose size cannot be asked for.
     dry_run
@@ -155,7 +159,7 @@ def plan(
         a cautious 200MB).
     """
     given: dict[str, object] = {"shard_size": shard_size, "mix": mix, "seed": seed, "assume_size": assume_size}
-    given |= {"max_side": max_side, "quality": quality}
+    given |= {"max_side": max_side, "quality": quality, "exclude": exclude}
     given |= {"links": links, "only": only}
     o = options.load(config, options.Plan, sources=sources, out=out, dry_run=dry_run, rate=rate, **given)
     _quality_of_something(quality, o)
@@ -179,6 +183,7 @@ def plan(
 def _plan(o: "options.Plan | options.Convert", network: "Limits | None" = None) -> "tuple[Plan, dict[str, str]]":
     """The plan, and where its sources lie."""
     from .convert import converted, plan_sources, survey
+    from .exclusion import image_ids
     from .recoding import recoding
     from .storage import Destination
 
@@ -188,7 +193,9 @@ def _plan(o: "options.Plan | options.Convert", network: "Limits | None" = None) 
     _outside(o.out, [url for url, _ in found.values()])
     how = recoding(o.max_side, o.quality) if o.max_side is not None else None
     whole = {name: ("", size) for name, size in gone.items()} | found
-    made = plan_sources(whole, shard_size=int(o.shard_size), mix=o.mix, seed=o.seed, recoding=how)
+    made = plan_sources(
+        whole, shard_size=int(o.shard_size), mix=o.mix, seed=o.seed, recoding=how, excluded=image_ids(o.exclude)
+    )
     return made, {name: url for name, (url, _) in found.items()}
 
 
@@ -254,6 +261,7 @@ def convert(
     seed: int | None = None,
     max_side: int | None = None,
     quality: int | None = None,
+    exclude: Only = None,
     assume_size: Size = None,
     on_damage: Literal["fail", "salvage"] | None = None,
     pairing_buffer: Size = None,
@@ -302,6 +310,9 @@ def convert(
         of the original. Without it they keep their bytes.
     quality
         JPEG quality of those, 1 to 100 (90).
+    exclude
+        Images to leave out: ids (sa_123 or 123), or files with one a line and # before comments. Their members are
+        counted, and their bytes kept nowhere, not in quarantine either.
     assume_size
         Bytes to assume for a source whose size cannot be asked for.
     on_damage
@@ -336,7 +347,14 @@ def convert(
     """
     from .log import Log
 
-    planning = {"shard_size": shard_size, "mix": mix, "seed": seed, "max_side": max_side, "quality": quality}
+    planning: dict[str, object] = {
+        "shard_size": shard_size,
+        "mix": mix,
+        "seed": seed,
+        "max_side": max_side,
+        "quality": quality,
+    }
+    planning["exclude"] = exclude
     o = options.load(
         config,
         options.Convert,
@@ -414,7 +432,7 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
         network=network,
     )
     # A task takes its options from the plan, where the command for all of them would have to say them.
-    whole = structs.replace(o, **planned(made))
+    whole = structs.replace(o, **planned(made) | ({"exclude": o.exclude} if o.exclude else {}))
     job = Job(destination=destination, plan=made, locations=locations, options=how, command=command(whole))
     if task is None:
         tasks = missing_tasks(destination, made)
@@ -457,7 +475,14 @@ def _deletable(made: "Plan", locations: dict[str, str]) -> None:
 
 def _same_options(where: str, made: "Plan", o: options.Convert, said: list[str]) -> None:
     """A task takes its options from the plan; those said again, there or in its config, must be the same."""
+    from .exclusion import image_ids
+
     for name in said:
+        if name == "exclude":
+            if (ids := image_ids(o.exclude)) != made.excluded:
+                counts = f"{len(made.excluded):,} images are excluded in it, {len(ids):,} here"
+                raise PlanMismatch(where, f"another plan is there: {counts}, or others")
+            continue
         here, there = getattr(o, name), getattr(made, name)
         if here != there and (name != "quality" or made.recoding is not None):
             shown = [f"{value:,}" if value is not None else "not given" for value in (there, here)]

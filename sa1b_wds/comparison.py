@@ -1,6 +1,6 @@
 """A source tar against the data set made of it: every member looked up by its key and compared byte for byte."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from .buffers import Buffer, Pool
 from .contents import Room
 from .differences import Found, Tell, first_difference
 from .errors import DataError, ShardDamaged, SourceDamaged, StorageError
+from .exclusion import is_excluded
 from .format import MEMBER_LIMIT
 from .inflate import open_bytes
 from .layout import JPG, PACKED, parse_header
@@ -34,8 +35,12 @@ def compare(
     shards: list[ShardFact],
     files: list[FileFact],
     how: Recoding | None = None,
+    excluded: Sequence[int] = (),
 ) -> Found:
-    """One source, member by member, against its samples; `how` their photographs were made smaller."""
+    """One source, member by member, against its samples; `how` their photographs were made smaller.
+
+    Members of `excluded` images must be in none of them.
+    """
     found = Found()
     try:
         on_damage = load_receipt(destination.read(receipt_name(task)), destination.place(receipt_name(task))).on_damage
@@ -44,7 +49,9 @@ def compare(
     except (DataError, StorageError) as error:
         found.error(error)
         return found
-    comparison = _Comparison(url, places, held, destination.place(f"{quarantine_stem(task)}.members"), found, how)
+    comparison = _Comparison(
+        url, places, held, destination.place(f"{quarantine_stem(task)}.members"), found, how, excluded
+    )
     raw = _Told(open_raw(url), tell)
     try:
         comparison.read(raw, "salvage" if on_damage == "salvage" else "fail", fact)
@@ -73,10 +80,17 @@ class _Comparison:
     """Looks up the members of one source."""
 
     def __init__(
-        self, url: str, places: Places, held: dict[int, Held], members: str, found: Found, how: Recoding | None
+        self,
+        url: str,
+        places: Places,
+        held: dict[int, Held],
+        members: str,
+        found: Found,
+        how: Recoding | None,
+        excluded: Sequence[int],
     ) -> None:
         self._url, self._places, self._held, self._members, self._found = url, places, held, members, found
-        self._how = how
+        self._how, self._excluded = how, frozenset(excluded)
         self._place = {f"sa_{i}": n for n, i in enumerate(places.rows["image_id"].tolist())}
         self._hits = np.zeros((len(places), 2), bool)
         self._head = memoryview(bytearray(tar.BLOCK))
@@ -92,7 +106,7 @@ class _Comparison:
         """
         stream = open_bytes(raw, self._url, on_damage=on_damage)
         reader = tar.Reader(stream, allocate=self._allocate, on_damage=on_damage)
-        members, quarantined, ignored = 0, 0, 0
+        members, quarantined, ignored, excluded = 0, 0, 0, 0
         # Reading and inflating take as long as everything else.
         ahead = Ahead(
             self._entries(reader),
@@ -104,7 +118,11 @@ class _Comparison:
             for entry, buffer in ahead:
                 members += 1
                 data = buffer.view if buffer is not None else None
-                if entry.offset in self._held:
+                if entry.kind != "directory" and is_excluded(entry.name, self._excluded):
+                    excluded += 1
+                    if entry.offset in self._held:
+                        self._found.add(self._where(entry), "of an image that is excluded, and yet in quarantine")
+                elif entry.offset in self._held:
                     quarantined += 1
                     self._quarantined(entry, data, self._held[entry.offset])
                 elif (kind := _kind(entry)) is None:
@@ -125,6 +143,7 @@ class _Comparison:
         for what, said, there in (
             ("members", fact.members, members),
             ("quarantined", fact.quarantined, quarantined),
+            ("excluded", fact.excluded, excluded),
             ("ignored", sum(fact.ignored.values()), ignored),
             ("skipped bytes", sum(s.bytes for s in fact.skipped), skipped),
         ):

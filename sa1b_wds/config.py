@@ -86,6 +86,8 @@ class _Planning(Section, frozen=True, kw_only=True):
     """Pixels: longest side of the stored photographs; None: they keep their bytes."""
     quality: Annotated[int, Meta(ge=1, le=100)] = 90
     """JPEG quality of those that are made smaller."""
+    exclude: list[str] = []
+    """Ids of images to leave out, or files of them."""
     assume_size: Size | None = None
     """Bytes of a source whose size cannot be asked for."""
 

@@ -13,7 +13,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,10 +197,16 @@ def write_plan(destination: Destination, plan: Plan) -> bool:
 
 
 def plan_sources(
-    found: dict[str, tuple[str, int]], *, shard_size: int, mix: int, seed: int, recoding: Recoding | None = None
+    found: dict[str, tuple[str, int]],
+    *,
+    shard_size: int,
+    mix: int,
+    seed: int,
+    recoding: Recoding | None = None,
+    excluded: Sequence[int] = (),
 ) -> Plan:
     sources = [Source(name=name, size=size) for name, (_, size) in found.items()]
-    return make_plan(sources, shard_size=shard_size, mix=mix, seed=seed, recoding=recoding)
+    return make_plan(sources, shard_size=shard_size, mix=mix, seed=seed, recoding=recoding, excluded=excluded)
 
 
 def read_plan(destination: Destination) -> Plan:
@@ -283,6 +289,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
             shards.append(ShardWriter(name, attempt))
             stack.callback(shards[-1].close)
         counter = _Counter()
+        excluded = frozenset(plan.excluded)
         recoder = _recoder(plan, options.threads, stack)
         readers = [
             stack.enter_context(
@@ -297,6 +304,7 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
                     on_damage=options.on_damage,
                     ahead=max(_READ_AHEAD // len(task.sources), 6 * MIB),
                     recoder=recoder,
+                    excluded=excluded,
                 )
             )
             for number, url in ((n, _location(job, plan.sources[n].name)) for n in task.sources)
@@ -474,6 +482,7 @@ def _source_fact(account: Account) -> SourceFact:
         ignored=dict(sorted(account.ignored.items())),
         skipped=[SkippedFact(byte=byte, bytes=length, reason=reason) for byte, length, reason in account.skipped],
         greatest_distance=account.greatest_distance,
+        excluded=account.excluded,
     )
 
 

@@ -59,7 +59,18 @@ def delete_sources(job: Job, index: int, receipt: Receipt) -> Deletion:
             if not checked:
                 _read_back(job, index, receipt)
                 checked = True
-            found = compare(lambda count: None, job.destination, url, number, fact, index, receipt.shards, [])
+            found = compare(
+                lambda count: None,
+                job.destination,
+                url,
+                number,
+                fact,
+                index,
+                receipt.shards,
+                [],
+                None,
+                job.plan.excluded,
+            )
             if found.count:
                 done.kept.append(f"{url}: kept: {found.kept[0]}")
                 continue

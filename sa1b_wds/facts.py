@@ -168,8 +168,8 @@ def _task_facts(manifest: Manifest, plan: Plan, task: Task, index: int, found: F
     shards = shards_of(manifest, plan, index) or []
     sources = [s for n in task.sources if (s := manifest.sources[n]) is not None]
     for s in sources:
-        told = 2 * s.samples + s.quarantined + sum(s.ignored.values())
-        found.same(f"{where}: {s.name}", "members = 2 · samples + quarantined + ignored", told, s.members)
+        told = 2 * s.samples + s.quarantined + sum(s.ignored.values()) + s.excluded
+        found.same(f"{where}: {s.name}", "members = 2 · samples + quarantined + ignored + excluded", told, s.members)
     samples = [shard.samples for shard in shards]
     found.same(f"{where}: task {index}", "samples of its sources", sum(s.samples for s in sources), sum(samples))
     if min(samples) < 1 or max(samples) - min(samples) > 1:

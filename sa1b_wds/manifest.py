@@ -82,8 +82,8 @@ class SkippedFact(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class SourceFact(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a source: members = 2 · samples + quarantined + all ignored."""
+class SourceFact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of a source: members = 2 · samples + quarantined + all ignored + excluded."""
 
     name: str
     members: int
@@ -94,6 +94,8 @@ class SourceFact(msgspec.Struct, frozen=True, kw_only=True):
     skipped: list[SkippedFact]
     greatest_distance: int
     """Members from the first of a pair to the second, at most."""
+    excluded: int = 0
+    """Of images that the plan leaves out; not written where there are none."""
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +114,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 
 
-class Totals(msgspec.Struct, frozen=True, kw_only=True):
+class Totals(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sums over the data set."""
 
     shards: int
@@ -127,6 +129,7 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     skipped_bytes: int
     area_mismatches: int
     stored_sources: int
+    excluded: int = 0
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -178,6 +181,7 @@ def totals(sources: list[SourceFact], shards: list[ShardFact]) -> Totals:
         members=sum(s.members for s in sources),
         quarantined=sum(s.quarantined for s in sources),
         ignored=sum(sum(s.ignored.values()) for s in sources),
+        excluded=sum(s.excluded for s in sources),
         skipped_bytes=sum(k.bytes for s in sources for k in s.skipped),
         area_mismatches=sum(s.area_mismatches for s in shards),
         stored_sources=sum(s.stored_sources for s in shards),

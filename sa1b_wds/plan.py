@@ -77,6 +77,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tasks: list[Task]
     recoding: Recoding | None = None
     """Left out where photographs stay as they are: such a plan has the bytes that it always had."""
+    excluded: list[int] = []
+    """Ids of images that are left out of the data set, sorted; left out where there are none."""
 
     @property
     def max_side(self) -> int | None:
@@ -111,7 +113,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def make_plan(
-    sources: Sequence[Source], *, shard_size: int, mix: int, seed: int, recoding: Recoding | None = None
+    sources: Sequence[Source],
+    *,
+    shard_size: int,
+    mix: int,
+    seed: int,
+    recoding: Recoding | None = None,
+    excluded: Sequence[int] = (),
 ) -> Plan:
     """The plan of a run.
 
@@ -121,6 +129,7 @@ def make_plan(
         mix: sources a task reads together.
         seed: of the grouping.
         recoding: how photographs are made smaller; None: they stay as they are.
+        excluded: ids of images to leave out.
 
     Raises:
         UsageError: no sources, two of one name, an empty one, or options out of range.
@@ -169,6 +178,7 @@ def make_plan(
         sources=list(ordered),
         tasks=tasks,
         recoding=recoding,
+        excluded=sorted(set(excluded)),
     )
 
 
@@ -218,6 +228,9 @@ def difference(mine: Plan, there: Plan) -> str:
         said.append(f"{len(gone)} sources fewer here, {gone[0]} the first")
     if moved := sorted(n for n in set(a) & set(b) if a[n] != b[n]):
         said.append(f"{moved[0]} has {b[moved[0]]:,} bytes there, {a[moved[0]]:,} here")
+    if other := sorted(set(mine.excluded) ^ set(there.excluded)):
+        counts = f"{len(there.excluded):,} images excluded there, {len(mine.excluded):,} here"
+        said.append(f"{counts}, sa_{other[0]} the first that differs")
     if not said and mine.recoding != there.recoding:
         said.append("it was made with a JPEG library that gives other bytes: install the same version of simplejpeg")
     if not said and mine != there:

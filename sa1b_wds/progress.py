@@ -172,12 +172,14 @@ class Display:
         samples = sum(s.samples for s in receipt.sources)
         quarantined = sum(s.quarantined for s in receipt.sources)
         ignored = sum(sum(s.ignored.values()) for s in receipt.sources)
+        excluded = sum(s.excluded for s in receipt.sources)
         size = self._plan.bytes_of(self._plan.tasks[task])
         skipped = sum(k.bytes for s in receipt.sources for k in s.skipped)
         say(
             "task",
             f"task {task}: {members:,} members in, {samples:,} samples out, {quarantined:,} quarantined, "
             f"{ignored:,} ignored, "
+            + (f"{excluded:,} excluded, " if excluded else "")
             + (f"{skipped:,} bytes skipped, " if skipped else "")
             + f"{outcome.seconds:.1f} s, {megabytes(size / seconds)}/s, peak memory {megabytes(outcome.peak_memory)}"
             + (f", {megabytes(outcome.spilled_bytes)} through scratch" if outcome.spilled_bytes else "")
@@ -189,6 +191,7 @@ class Display:
             samples=samples,
             quarantined=quarantined,
             ignored=ignored,
+            excluded=excluded,
             skipped_bytes=skipped,
             bytes=size,
             bytes_written=sum(s.bytes for s in receipt.shards),

@@ -216,7 +216,9 @@ def table(found: Statistics) -> str:
         lines.insert(
             1,
             f"members of the sources: {sums.members:,} = 2 · {sums.samples:,} images + {sums.quarantined:,} "
-            f"quarantined + {sums.ignored:,} ignored; {sums.skipped_bytes:,} bytes skipped",
+            f"quarantined + {sums.ignored:,} ignored"
+            + (f" + {sums.excluded:,} excluded" if sums.excluded else "")
+            + f"; {sums.skipped_bytes:,} bytes skipped",
         )
     if found.missing_tasks:
         lines.append(f"partial: {found.missing_tasks:,} tasks are missing")

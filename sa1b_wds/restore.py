@@ -48,12 +48,16 @@ class Accounts:
     """Members of these sources that lie in `quarantine/`."""
     ignored: int
     """Members that no shard ever had."""
+    excluded: int = 0
+    """Members of images that the plan left out."""
 
     def __str__(self) -> str:
         left = f"; {self.quarantined:,} quarantined and {self.ignored:,} ignored members are not in them"
+        if self.excluded:
+            left += f", nor are {self.excluded:,} of excluded images"
         return (
             f"{self.sources:,} tars with {self.members:,} members, {self.bytes:,} bytes"
-            f"{left if self.quarantined or self.ignored else ''}"
+            f"{left if self.quarantined or self.ignored or self.excluded else ''}"
         )
 
 
@@ -115,6 +119,7 @@ def restore(
         bytes=restored,
         quarantined=sum(fact.quarantined for fact in facts),
         ignored=sum(sum(fact.ignored.values()) for fact in facts),
+        excluded=sum(fact.excluded for fact in facts),
     )
 
 

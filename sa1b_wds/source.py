@@ -2,13 +2,13 @@
 
 Members come in any order. A json is packed as soon as it arrives and waits for its jpg, or the jpg waits for its json,
 in a table with a byte budget; beyond it they wait in an unlinked scratch file. A sample's place is where its second
-member stands. Members: seen = 2 · samples + quarantined + ignored, always.
+member stands. Members: seen = 2 · samples + quarantined + ignored + excluded, always.
 """
 
 import itertools
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Container, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -18,6 +18,7 @@ from .ahead import Ahead
 from .annotations import Packed, Packer, restore, unpack
 from .buffers import Buffer, Pool
 from .errors import SampleRejected
+from .exclusion import is_excluded
 from .format import MEMBER_LIMIT
 from .inflate import Gap, open_bytes
 from .plan import Recoding
@@ -50,22 +51,30 @@ class Account:
     greatest_distance: int = 0
     """Members from the first of a pair to the second, at most."""
 
+    excluded: int = 0
+    """Of images that the plan leaves out."""
+
     def balances(self) -> bool:
-        return self.members == 2 * self.samples + self.quarantined + sum(self.ignored.values())
+        return self.members == 2 * self.samples + self.quarantined + sum(self.ignored.values()) + self.excluded
+
+
+_Kind = Literal["jpg", "json", "ignored", "rejected", "excluded"]
 
 
 @dataclass(slots=True, eq=False)
 class _Member:
     entry: tar.Entry
-    kind: Literal["jpg", "json", "ignored", "rejected"]
+    kind: "_Kind"
     key: str
     """Or the reason, where it is ignored or rejected."""
     buffer: Buffer | None
 
 
-def _classify(entry: tar.Entry) -> tuple[Literal["jpg", "json", "ignored", "rejected"], str]:
+def _classify(entry: tar.Entry, excluded: Container[int]) -> tuple[_Kind, str]:
     if entry.kind == "directory":
         return "ignored", "directory"
+    if is_excluded(entry.name, excluded):  # first of all: its bytes must come to quarantine neither
+        return "excluded", ""
     if entry.kind != "file":
         return "rejected", f"{'an' if entry.kind == 'other' else 'a'} {entry.kind} entry, not a file"
     *folders, base = entry.name.split("/")
@@ -91,7 +100,9 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _members(raw: Raw, where: str, pool: Pool, on_damage: OnDamage, skipped: list[tar.Skipped]) -> Generator[_Member]:
+def _members(
+    raw: Raw, where: str, pool: Pool, on_damage: OnDamage, skipped: list[tar.Skipped], excluded: Container[int]
+) -> Generator[_Member]:
     """Every member of a source in its order, with its bytes in a buffer; runs in the reading thread."""
     pending: _Member | None = None
 
@@ -99,9 +110,9 @@ def _members(raw: Raw, where: str, pool: Pool, on_damage: OnDamage, skipped: lis
         nonlocal pending
         if pending is not None and pending.buffer is not None:
             pool.give(pending.buffer)  # salvage gave that member up
-        kind, key = _classify(entry)
+        kind, key = _classify(entry, excluded)
         pending = _Member(entry, kind, key, None)
-        if kind == "ignored" or entry.kind != "file" or entry.size > MEMBER_LIMIT:
+        if kind in ("ignored", "excluded") or entry.kind != "file" or entry.size > MEMBER_LIMIT:
             return None
         pending.buffer = _room(pool, entry.size)
         return pending.buffer.view[tar.BLOCK : tar.BLOCK + entry.size]
@@ -112,7 +123,7 @@ def _members(raw: Raw, where: str, pool: Pool, on_damage: OnDamage, skipped: lis
         for entry, _ in reader:
             member, pending = pending, None
             if member is None or member.entry is not entry:
-                kind, key = _classify(entry)
+                kind, key = _classify(entry, excluded)
                 member = _Member(entry, kind, key, None)
             yield member
         # A gap says what broke the gzip stream; what it cost of the tar stands in the reader's own entries.
@@ -155,8 +166,11 @@ class SourceReader:
         on_damage: OnDamage,
         ahead: int = 24 << 20,
         recoder: Recoder | None = None,
+        excluded: Container[int] = (),
     ) -> None:
-        """`ahead`: bytes that may be read before they are asked for; `recoder`: None where jpgs stay as they are."""
+        """`ahead`: bytes that may be read before they are asked for; `recoder`: None where jpgs stay as they are;
+        `excluded`: ids of images to leave out.
+        """
         self.account = Account(name=name)
         self._raw = raw
         self._number, self._table, self._packer, self._reject = number, table, packer, reject
@@ -165,7 +179,7 @@ class SourceReader:
         self._recoder = recoder
         self._in_work: deque[tuple[_Half, _Half, Future[bytes] | None]] = deque()
         self._ahead = Ahead(
-            _members(raw, where, self._pool, on_damage, self._skipped),
+            _members(raw, where, self._pool, on_damage, self._skipped, excluded),
             name=f"read {name}",
             budget=ahead,
             weigh=lambda m: m.buffer.room if m.buffer else 0,
@@ -198,6 +212,9 @@ class SourceReader:
                 if kind not in account.ignored and len(account.ignored) >= _KINDS:
                     kind = "other"
                 account.ignored[kind] += 1
+                continue
+            if member.kind == "excluded":
+                account.excluded += 1
                 continue
             if member.kind == "rejected":
                 self._quarantine(member, member.entry.name, member.key)

@@ -168,6 +168,8 @@ def planned(plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {"shard_size": config.Size(plan.shard_size), "mix": plan.mix, "seed": plan.seed}
     if plan.recoding is not None:
         found |= {"max_side": plan.recoding.max_side, "quality": plan.recoding.quality}
+    if plan.excluded:
+        found["exclude"] = [f"sa_{image_id}" for image_id in plan.excluded]
     return found
 
 

@@ -90,7 +90,7 @@ def verify(
         what = "annotations alone: compare the data set that they were exported from"
         raise UsageError(destination.where, what)
     if deep and (plan is not None or not manifest.has_images):
-        jobs.append(_Job(check_keys, (destination, manifest.shards)))
+        jobs.append(_Job(check_keys, (destination, manifest.shards, plan.excluded if plan is not None else [])))
     if plan is not None:
         if sources and plan.recoding is not None:
             recoding.check(plan.recoding)
@@ -119,7 +119,7 @@ def _comparisons(
         else:
             index, _, shards, _, files = about[number]
             fact = manifest.sources[number]
-            yield _Job(compare, (destination, url, number, fact, index, shards, files, plan.recoding))
+            yield _Job(compare, (destination, url, number, fact, index, shards, files, plan.recoding, plan.excluded))
 
 
 class _Job(NamedTuple):
