@@ -10,20 +10,25 @@ is dead when its process is, on this machine, or when nobody renewed it for a qu
 """
 
 import contextlib
+import errno
 import json
+import os
 import secrets
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from . import clouds, uploads
-from .errors import NotFound, StorageError, UsageError, masked
+from .errors import NoSpace, NotFound, StorageError, UsageError, masked
 from .limits import Limits
+from .pipe import PREFIX, feed, place_of
 from .process import has_ended, identity
 from .remote import insisting, open_object, read, size_of
+from .traffic import Passing
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -41,14 +46,16 @@ class Bucket:
 
     def __init__(self, url: str, limits: Limits | None = None) -> None:
         """Without limits, those of the environment hold."""
-        self.where, self.limits = url.rstrip("/"), limits
-        parts = urlsplit(url)
+        self.command = url if url.startswith(PREFIX) else None
+        """What writes objects, if it is not this program."""
+        self.where, self.limits = (place_of(url) if self.command else url).rstrip("/"), limits
+        parts = urlsplit(self.where)
         self._is_web = parts.scheme not in clouds.SCHEMES
         if self._is_web and parts.query:
             raise UsageError(masked(url), "a signed URL is good for one file, not for a data set")
 
     def __reduce__(self) -> tuple[type["Bucket"], tuple[str, Limits | None]]:
-        return Bucket, (self.where, self.limits)
+        return Bucket, (self.command or self.where, self.limits)
 
     def __repr__(self) -> str:
         return f"Bucket({masked(self.where)!r})"
@@ -101,10 +108,38 @@ class Bucket:
         if self._is_web:
             raise UsageError(self.where, "a web server is only read from", "a path, s3://, gs:// or az://")
         where = self.place(name)
+        if self.command is not None:
+            if new and self.exists(name):
+                return False
+            with tempfile.TemporaryFile() as file:
+                file.write(data)
+                self.send(name, file)
+            return True
         return insisting(where, lambda limits: clouds.put(where, data, limits, new=new), self.limits)
 
     def settle(self, names: Sequence[str]) -> None:
         """What a store has acknowledged is safe."""
+
+    def send(self, name: str, file: IO[bytes]) -> None:
+        """Have the command write an object, and see that it is there, whole.
+
+        Raises:
+            Unreachable: the command fails, or stores something else, however often it is run.
+        """
+        assert self.command is not None
+        command, size = self.command, file.seek(0, os.SEEK_END)
+
+        def run(limits: Limits) -> None:
+            try:
+                feed(command, name, file)
+                if (found := size_of(self.place(name), limits)) != size:
+                    raise StorageError(self.place(name), "the command has stored another length", size, found)
+            except StorageError as error:
+                with contextlib.suppress(StorageError):  # what is there is not what it should be
+                    clouds.delete(self.place(name), limits)
+                raise Passing(str(error)) from None
+
+        insisting(self.place(name), run, self.limits)
 
     def leave(self) -> None:
         """There are no folders that could be empty."""
@@ -195,7 +230,8 @@ class ObjectAttempt:
         """A new object that will be called `name`."""
         if self._alone:
             self.destination.end_uploads(name)
-        writer = ObjectWriter(self.destination.place(name), self)
+        kind = ObjectWriter if self.destination.command is None else SpooledWriter
+        writer = kind(self.destination.place(name), self)
         self._files[name] = writer
         return writer
 
@@ -234,6 +270,9 @@ class ObjectAttempt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
     ) -> None:
         begun = [name for name, file in self._files.items() if isinstance(file, ObjectWriter) and not file.completed]
+        for file in self._files.values():
+            if isinstance(file, SpooledWriter):
+                file.discard()
         self._files.clear()
         if self._alone:
             for name in begun:
@@ -275,3 +314,45 @@ class ObjectWriter:
         """A finished one waits for its attempt; of another one nothing stays."""
         if not self._finished:
             self._upstream = None
+
+
+class SpooledWriter(ObjectWriter):
+    """An object that a command will write: a file without a name until then, see `pipe`."""
+
+    def __init__(self, where: str, attempt: ObjectAttempt) -> None:
+        super().__init__(where, attempt)
+        self._folder = os.environ.get("SLURM_TMPDIR") or None
+        try:
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> StorageError:
+        where = self._folder or tempfile.gettempdir()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoSpace(where, f"no space left for {self.where}, which waits there: set TMPDIR to a larger disk")
+        return StorageError(where, f"{self.where} cannot wait there: {os.strerror(error.errno or 0).lower()}")
+
+    def write(self, pieces: Sequence["Buffer"]) -> None:
+        """Append the pieces, all of their bytes."""
+        try:
+            self._file.writelines(pieces)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._attempt.renew()
+
+    def complete(self) -> None:
+        assert self._finished, f"{self.where} was not finished"
+        bucket = self._attempt.destination
+        bucket.send(self.where.removeprefix(f"{bucket.where}/"), self._file)
+        self._file.close()
+        self.completed = True
+
+    def close(self) -> None:
+        """A finished one waits for its attempt; of another one nothing stays."""
+        if not self._finished:
+            self.discard()
+
+    def discard(self) -> None:
+        """Nothing of it stays here."""
+        self._file.close()

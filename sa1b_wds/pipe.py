@@ -3,15 +3,20 @@
 `pipe:` commands fail in two ways that a reader of tars would take for an end: the command dies, or it stops early and
 still exits with 0 (`curl … || true`). So the order of checks is: drain the pipe, then the exit status, then (by the
 reader) the bytes.
+
+A command that writes gets a file, never a pipe, as its standard input: should this process be killed, the command goes
+on to the end of the file, where it would take the end of a pipe for the end of the data and publish half of it.
 """
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import tempfile
+from typing import IO
 
-from .errors import StorageError
+from .errors import StorageError, UsageError
 
 PREFIX = "pipe:"
 
@@ -79,8 +84,54 @@ class Pipe:
     interrupt = kill
 
     def _last_words(self) -> str:
-        self._complaints.seek(0, os.SEEK_END)
-        self._complaints.seek(max(0, self._complaints.tell() - 2000))
-        lines = self._complaints.read().decode(errors="replace").split("\n")
-        words = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f" ({words[:200]})" if words else ""
+        return _last_words(self._complaints)
+
+
+def _last_words(complaints: IO[bytes]) -> str:
+    complaints.seek(0, os.SEEK_END)
+    complaints.seek(max(0, complaints.tell() - 2000))
+    lines = complaints.read().decode(errors="replace").split("\n")
+    words = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f" ({words[:200]})" if words else ""
+
+
+_PLACE = re.compile(r"((?:s3|gs|az)://[^\s'\"{}]+)/\{name\}")
+
+
+def place_of(url: str) -> str:
+    """Where a command of the form `pipe:… gs://bucket/place/{name} …` writes.
+
+    Raises:
+        UsageError: it does not say.
+    """
+    found = _PLACE.findall(url)
+    if len(found) != 1:
+        example = "pipe:gsutil cp - gs://bucket/sa1b/{name}"
+        raise UsageError(url, "does not say where it writes, and where that is read again", example)
+    return str(found[0])
+
+
+def feed(url: str, name: str, data: IO[bytes]) -> None:
+    """Run a command that writes, with a file as its standard input.
+
+    Raises:
+        StorageError: the command failed; with the last line of its complaints.
+    """
+    data.seek(0)
+    command = url.removeprefix(PREFIX).replace("{name}", name)
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(
+            command, shell=True, stdin=data, stdout=subprocess.DEVNULL, stderr=complaints, start_new_session=True
+        )
+        try:
+            status = process.wait()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        if status:
+            found = f"signal {-status}" if status < 0 else f"exit status {status}"
+            raise StorageError(
+                f"pipe:{command}", f"the command failed{_last_words(complaints)}", "exit status 0", found
+            )

@@ -271,7 +271,7 @@ class Destination:
 
     def __new__(cls, url: str, limits: Limits | None = None) -> "Destination":
         # Objects have no folders, locks or renames: another class, with the same methods (a test holds them equal).
-        if is_remote(url):
+        if is_remote(url) or url.startswith(PREFIX):
             from .objects import Bucket
 
             return cast(Destination, Bucket(url, limits))

@@ -23,7 +23,7 @@ PACKAGE = Path(sa1b_wds.__file__).parent
 # What is imported for types alone may also stand behind it in the same level: a stream names the data set it is of.
 LEVELS = {
     0: "errors exclusion format geometry jit permutation",
-    1: "limits traffic transfer web clouds signing remote links uploads process objects pipe storage extents cache "
+    1: "limits traffic transfer web clouds signing remote links uploads process pipe objects storage extents cache "
     "ranged ahead lanes buffers inflate tar codes raster rle plan order selection augment world differences",
     2: "annotations images recoding manifest state choice keys layout sidecars batch",
     3: "heartbeat sample runs source shard reader members schedule decode assembly stats examples table figure",
