@@ -265,6 +265,7 @@ def convert(
     assume_size: Size = None,
     on_damage: Literal["fail", "salvage"] | None = None,
     pairing_buffer: Size = None,
+    memory: Size = None,
     scratch: Path | None = None,
     max_quarantine: float | None = None,
     delete_source: bool | None = None,
@@ -319,6 +320,8 @@ def convert(
         A source that cannot be read to its end: fail (say where), or salvage what stands around the damage.
     pairing_buffer
         Bytes of members that may wait for their partner in memory, for each worker (512MiB).
+    memory
+        Bytes that all workers together may have: what may need more is refused before anything is read.
     scratch
         The folder, on a local disk, where more of them wait ($SLURM_TMPDIR, $TMPDIR, /tmp).
     max_quarantine
@@ -368,6 +371,7 @@ def convert(
         cpus_per_task=cpus_per_task,
         on_damage=on_damage,
         pairing_buffer=pairing_buffer,
+        memory=memory,
         scratch=scratch,
         max_quarantine=max_quarantine,
         delete_source=delete_source,
@@ -409,7 +413,6 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
         made, locations = _plan(o, network)
         if o.delete_source:
             _deletable(made, locations)
-        write_plan(destination, made)
     else:
         made = read_plan(destination)
         _same_options(destination.place("plan.json"), made, o, said)
@@ -434,7 +437,12 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
     # A task takes its options from the plan, where the command for all of them would have to say them.
     whole = structs.replace(o, **planned(made) | ({"exclude": o.exclude} if o.exclude else {}))
     job = Job(destination=destination, plan=made, locations=locations, options=how, command=command(whole))
-    if task is None:
+    mine = None if task is None else tasks_of(task, len(made.tasks), os.environ)
+    here = mine is not None or o.engine == "local"
+    if (fewer := _fitting(job, o, len(made.tasks if mine is None else mine), log, here=here)) is not None:
+        run_tasks = engines.pool(fewer)
+    if mine is None:
+        write_plan(destination, made)
         tasks = missing_tasks(destination, made)
         done = len(made.tasks) - len(tasks)
         if o.delete_source:  # a run that was killed may have left some of those that are done
@@ -448,7 +456,7 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
             if done:
                 _say(f"{done:,} of {len(made.tasks):,} tasks are done already")
     else:
-        tasks = tasks_of(task, len(made.tasks), os.environ)
+        tasks = mine
     _run(job, tasks, run_tasks, log)
     if task is None:
         manifest = finalize(destination)
@@ -471,6 +479,27 @@ def _deletable(made: "Plan", locations: dict[str, str]) -> None:
         raise UsageError("--delete-source", "with --max-side the photographs as they are would be lost")
     if far := [url for url in locations.values() if not is_local(url)]:
         raise UsageError("--delete-source", "deletes files on this machine alone", "paths", far[0])
+
+
+def _fitting(job: "Job", o: options.Convert, tasks: int, log: "Log", *, here: bool) -> int | None:
+    """Refuses what does not fit into memory, before anything is read; how many workers are as many as fit, if fewer.
+
+    Args:
+        tasks: that there may be to run.
+        here: they run on this machine.
+    """
+    from . import engines, memory, world
+    from .convert import memory_of
+
+    need = memory_of(job)
+    count = wanted = min(o.workers or (max(1, engines.cores() // 2) if here else 1), tasks)
+    if o.memory is not None:
+        if o.workers is None:
+            count = memory.workers(need, o.memory, wanted)
+        memory.check(need, count, o.memory)
+    elif here and (there := world.memory()) is not None and (warning := memory.look(need, wanted, there)):
+        log.say("memory", warning, warning=warning)
+    return count if count < wanted else None
 
 
 def _same_options(where: str, made: "Plan", o: options.Convert, said: list[str]) -> None:

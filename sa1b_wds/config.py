@@ -114,6 +114,8 @@ class Convert(_Planning, frozen=True, kw_only=True):
     """What is done about a source that cannot be read to its end."""
     pairing_buffer: Size = Size(512 << 20)
     """Bytes of members that may wait in memory for their partner, a worker."""
+    memory: Size | None = None
+    """Bytes that all workers together may have; a plan that does not fit is refused. None: no limit but the machine."""
     scratch: Path | None = None
     """Folder on a local disk where more of them wait; None: $SLURM_TMPDIR, $TMPDIR or /tmp."""
     max_quarantine: Share = 0.001

@@ -22,6 +22,7 @@ from . import recoding
 from .ahead import Ahead
 from .annotations import Packer
 from .buffers import Pool
+from .clouds import PART
 from .errors import (
     DataError,
     FormatError,
@@ -47,7 +48,9 @@ from .manifest import (
     quarantine_stem,
     receipt_name,
 )
+from .memory import Need
 from .plan import Plan, Recoding, Source, Task, difference, load_plan, make_plan
+from .remote import is_remote
 from .sample import Sample, Table
 from .shard import Quarantine, ShardWriter, deal
 from .source import Account, OnDamage, Recoder, SourceReader, rounds, turns
@@ -386,6 +389,26 @@ def check_sizes(job: Job, index: int) -> None:
         if url is not None and found not in (None, source.size) and not job.destination.exists(receipt_name(index)):
             what = "another file than was planned (bytes): give the one that was, or plan again into another folder"
             raise PlanMismatch(url, what, source.size, found)
+
+
+def memory_of(job: Job) -> Need:
+    """What a worker needs of memory at most: for the task of the job that needs most."""
+    plan, options = job.plan, job.options
+    network = options.network or Limits.of(os.environ)
+    uploads = is_remote(job.destination.where)
+
+    def need(task: Task) -> Need:
+        far = sum(is_remote(job.locations.get(plan.sources[number].name, "")) for number in task.sources)
+        return Need(
+            pairing_buffer=options.pairing_buffer,
+            sources=far,
+            ahead=max(network.ahead, network.window),
+            shards=task.shards if uploads else 0,
+            part=PART,
+            pictures=options.threads if plan.recoding is not None else 0,
+        )
+
+    return max((need(task) for task in plan.tasks), key=lambda found: found.total)
 
 
 def label_of(index: int) -> str:

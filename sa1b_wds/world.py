@@ -12,6 +12,7 @@ starts one torchrun a node, or a batch script calls mpirun. Anything else is ref
 ranks that read the same samples, or samples that no rank reads, and neither shows in a loss curve.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -114,6 +115,26 @@ def cores(limits: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return max(1, min(bound, int(quota) // int(period)))
     except (OSError, ValueError):  # no such file, or "max"
         return bound
+
+
+def memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process may have at most: the machine's, or those of a container or batch job (cgroup)."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemTotal:"))))
+    groups = {"sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"}  # seen from inside a container
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            here, name = ("", "memory.max") if not kinds else ("memory", "memory.limit_in_bytes")
+            if not kinds or "memory" in kinds.split(","):  # every group above it limits it too
+                parts = [part for part in path.split("/") if part not in ("", "..")]
+                groups |= {"/".join(["sys/fs/cgroup", here, *parts[:n], name]) for n in range(1, len(parts) + 1)}
+    for group in groups:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            found.append(int((root / group).read_text()))
+    return min(found, default=None)
 
 
 def _outer(other: World, world: World, environ: Mapping[str, str]) -> bool:

@@ -22,7 +22,7 @@ PACKAGE = Path(sa1b_wds.__file__).parent
 # Read from left to right, top to bottom: a module imports only what stands before it. So there are no cycles either.
 # What is imported for types alone may also stand behind it in the same level: a stream names the data set it is of.
 LEVELS = {
-    0: "errors exclusion format geometry jit permutation",
+    0: "errors exclusion format geometry jit memory permutation",
     1: "limits traffic transfer web clouds signing remote links uploads process pipe objects storage extents cache "
     "ranged ahead lanes buffers inflate tar codes raster rle plan order selection augment world differences",
     2: "annotations images recoding manifest state choice keys layout sidecars batch",
