@@ -56,8 +56,13 @@ def ids(tars: int, images: int) -> list[I64]:
     if (tars, images) == (1000, IMAGES):
         counts[-1] = 10_548  # 11,185,362 in all
     ends = np.cumsum(counts)
-    line = [np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]
-    return [at + 1 + at * 29 // 223_720 for at in line]
+    line = (np.arange(end - count, end) for end, count in zip(ends, counts, strict=True))
+    return [image_ids(at) for at in line]
+
+
+def image_ids(at: I64) -> I64:
+    """The ids of the images at these places of the archive."""
+    return at + 1 + at * 29 // 223_720
 
 
 def fabricate(
