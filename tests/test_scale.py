@@ -165,8 +165,8 @@ def test_runs_are_one_sort(parts: list[list[int]], run: int, block: int) -> None
 
 
 def test_keys_that_meet_at_a_seam_of_pieces_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With blocks of one row, every pair of equal keys is in two pieces or at the edge of one."""
-    monkeypatch.setattr("sa1b_wds.publication.Runs", lambda scratch: Runs(scratch, run=7, block=1))
+    """One run in blocks of one row: every pair of equal keys is in two pieces."""
+    monkeypatch.setattr("sa1b_wds.publication.Runs", lambda scratch: Runs(scratch, run=24, block=1))
     monkeypatch.setattr(fabricated, "ids", lambda tars, images: [np.arange(1, images + 1) for _ in range(tars)])
     fabricated.fabricate(tmp_path, tars=2, images=12, tar_bytes=4 << 20, shard_size=1 << 20, mix=1)
     with pytest.raises(DuplicateKey, match=r"sa_1 stands in two sources: .*12 keys in all"):
