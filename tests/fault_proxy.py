@@ -15,9 +15,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import unquote
+
+
+@lru_cache(maxsize=64)
+def _etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
 
 
 @dataclass(kw_only=True)
@@ -197,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.proxy.upstream.get(unquote(request.path.partition("?")[0]))
         if data is None:
             return 404, {"Content-Length": "0"}, b""
-        headers = {"ETag": f'"{hashlib.md5(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        headers = {"ETag": _etag(data), "Accept-Ranges": "bytes"}
         if (wanted := request.headers.get("if-match")) and wanted != headers["ETag"]:
             return 412, {"Content-Length": "0"}, b""
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
