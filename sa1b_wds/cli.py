@@ -182,14 +182,17 @@ def plan(
 
 def _plan(o: "options.Plan | options.Convert", network: "Limits | None" = None) -> "tuple[Plan, dict[str, str]]":
     """The plan, and where its sources lie."""
-    from .convert import converted, plan_sources, survey
+    from .convert import converted, existing_plan, plan_sources, survey
     from .exclusion import image_ids
     from .recoding import recoding
     from .storage import Destination
 
     destination, links = Destination(_required(o.out, "--out"), network), _links(o)
     gone = converted(destination) if isinstance(o, options.Convert) and o.delete_source else {}
-    found = survey(o.sources if links else _required(o.sources, "SOURCES"), o.assume_size, links, network, gone)
+    there = existing_plan(destination) if isinstance(o, options.Convert) else None
+    replaced = o.replaced if isinstance(o, options.Convert) else ()
+    urls = o.sources if links else _required(o.sources, "SOURCES")
+    found = survey(urls, o.assume_size, links, network, gone, there, replaced)
     _outside(o.out, [url for url, _ in found.values()])
     how = recoding(o.max_side, o.quality) if o.max_side is not None else None
     whole = {name: ("", size) for name, size in gone.items()} | found
@@ -263,6 +266,7 @@ def convert(
     quality: int | None = None,
     exclude: Only = None,
     assume_size: Size = None,
+    replaced: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     on_damage: Literal["fail", "salvage"] | None = None,
     pairing_buffer: Size = None,
     memory: Size = None,
@@ -316,6 +320,8 @@ def convert(
         counted, and their bytes kept nowhere, not in quarantine either.
     assume_size
         Bytes to assume for a source whose size cannot be asked for.
+    replaced
+        Names of tars that are better copies now than those of the plan, of another size, such as one that was damaged.
     on_damage
         A source that cannot be read to its end: fail (say where), or salvage what stands around the damage.
     pairing_buffer
@@ -366,6 +372,7 @@ def convert(
         only=only,
         out=out,
         assume_size=assume_size,
+        replaced=replaced,
         workers=workers,
         engine=engine,
         cpus_per_task=cpus_per_task,
@@ -431,6 +438,7 @@ def _convert(o: options.Convert, task: str | None, said: list[str], log: "Log") 
         scratch=o.scratch,
         max_quarantine=o.max_quarantine,
         delete_source=o.delete_source,
+        replaced=frozenset(o.replaced),
         threads=max(1, engines.cores() // min(count, len(made.tasks))),
         network=network,
     )

@@ -122,6 +122,8 @@ class Convert(_Planning, frozen=True, kw_only=True):
     """Share of a task's members that may be unusable."""
     delete_source: bool = False
     """Delete each source when its task is done and all of it was found again in the shards."""
+    replaced: list[str] = []
+    """Names of tars that may be of another size than was planned."""
     log_format: Literal["text", "json"] = "text"
     """What is said while tasks run: sentences, or one JSON object a line."""
     attempts: Count | None = None

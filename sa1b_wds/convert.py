@@ -13,7 +13,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,7 @@ from .manifest import (
     receipt_name,
 )
 from .memory import Need
+from .pipe import PREFIX
 from .plan import Plan, Recoding, Source, Task, difference, load_plan, make_plan
 from .remote import is_remote
 from .sample import Sample, Table
@@ -88,6 +89,8 @@ class Options:
     """Share of a task's members that may be quarantined."""
     delete_source: bool = False
     """Sources go when their task is done; see `deletion`."""
+    replaced: frozenset[str] = frozenset()
+    """Names of sources that may be of another size than was planned."""
     threads: int = 2
     """That make photographs smaller, where the plan says so."""
     network: Limits | None = None
@@ -154,14 +157,25 @@ def survey(
     links: Mapping[str, str] | None = None,
     limits: Limits | None = None,
     gone: Mapping[str, int] | None = None,
+    plan: Plan | None = None,
+    replaced: Collection[str] = (),
 ) -> dict[str, tuple[str, int]]:
     """name → (URL, bytes) of the sources that `urls` mean, braces and folders expanded, and of a links file's.
 
-    `gone`: name → bytes of sources that may be gone, since they were deleted when they were done (`converted`).
+    Args:
+        gone: name → bytes of sources that may be gone, since they were deleted when they were done (`converted`).
+        plan: the one that is there: servers and commands are not asked again for sizes that stand in it.
+        replaced: names of files that are others now than when it was made, and count with their sizes in it.
     """
     gone = gone or {}
+    known = {} if plan is None else {source.name: source.size for source in plan.sources}
+    if unknown := sorted(set(replaced) - set(known)):
+        raise UsageError("--replaced", f"{unknown[0]} is not a source of a plan that is there")
 
     def size(url: str) -> int:
+        name = name_of(url)
+        if name in known and (name in replaced or is_remote(url) or url.startswith(PREFIX)):
+            return known[name]
         try:
             return size_of(url, limits)
         except NotFound:
@@ -220,6 +234,14 @@ def read_plan(destination: Destination) -> Plan:
         raise NotFound(where, "no plan there: run `sa1b-wds plan SOURCES --out DEST` first") from None
 
 
+def existing_plan(destination: Destination) -> Plan | None:
+    """The plan, if one is there."""
+    try:
+        return read_plan(destination)
+    except NotFound:
+        return None
+
+
 def missing_tasks(destination: Destination, plan: Plan) -> list[int]:
     """Tasks without a receipt; one listing, where the store has any."""
     names = [receipt_name(i) for i in range(len(plan.tasks))]
@@ -235,9 +257,7 @@ def missing_tasks(destination: Destination, plan: Plan) -> list[int]:
 
 def converted(destination: Destination) -> dict[str, int]:
     """name → bytes of the sources of tasks that are done; none where there is no plan yet."""
-    try:
-        plan = read_plan(destination)
-    except NotFound:
+    if (plan := existing_plan(destination)) is None:
         return {}
     missing = set(missing_tasks(destination, plan))
     done = (plan.sources[n] for i, task in enumerate(plan.tasks) if i not in missing for n in task.sources)
@@ -381,13 +401,16 @@ def check_sizes(job: Job, index: int) -> None:
         PlanMismatch: a source on this machine is not as long as the plan says, and the task is not done.
     """
     for source in (job.plan.sources[number] for number in job.plan.tasks[index].sources):
-        url = job.locations.get(source.name)
+        url = None if source.name in job.options.replaced else job.locations.get(source.name)
         try:
             found = None if url is None else local_size(url)
         except StorageError:  # of a task that is done it may be gone; else whoever opens it says so
             continue
         if url is not None and found not in (None, source.size) and not job.destination.exists(receipt_name(index)):
-            what = "another file than was planned (bytes): give the one that was, or plan again into another folder"
+            what = (
+                "another file than was planned (bytes): give the one that was; or, if this is a better copy of it, "
+                f"say --replaced {source.name}"
+            )
             raise PlanMismatch(url, what, source.size, found)
 
 

@@ -96,7 +96,7 @@ def test_links_that_expire_half_way(
         assert "HUSH" not in said.err + said.out
         done = {p: p.stat().st_mtime_ns for p in dest.glob("*.tar")}
         assert len(done) == len(list((dest / "receipts").iterdir())) == 2
-        assert cli.main([*command, str(old)]) == 1  # at once: sizes cannot be asked for any more
+        assert cli.main([*command, str(old)]) == 1  # the sizes stand in the plan: it is the next task that says so
         assert "fetch a new links file" in capfd.readouterr().err
         new = links_file(tmp_path / "new.txt", proxy, list(tars), "new")
         assert cli.main([*command, str(new)]) == 0

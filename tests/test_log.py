@@ -179,3 +179,24 @@ def test_an_assumed_size_is_not_held_against_what_has_none(tmp_path: Path) -> No
     source = f"pipe:cat {whole}"
     assert call("plan", source, "--out", tmp_path / "out", "--assume-size", "5MiB") == 0
     assert call("convert", source, "--out", tmp_path / "out", "--task", 0) == 0
+
+
+def test_a_better_copy_of_a_source_is_taken_when_it_is_named(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tar that was damaged, and is whole now, must not cost the tasks that are done."""
+    out = tmp_path / "out"
+    whole = {path.name: path.read_bytes() for path in sources.iterdir()}
+    name = sorted(whole)[-1]
+    (sources / name).write_bytes(whole[name][: len(whole[name]) // 2])
+    call_once = ("convert", sources, "--out", out, "--mix", 1, "--workers", 1, "--max-quarantine", 1)
+    assert call(*call_once) == 1
+    (sources / name).write_bytes(whole[name])
+    assert call(*call_once) == 2  # another plan, since a size differs
+    assert call(*call_once, "--replaced", "sa_999999.tar") == 2
+    assert "sa_999999.tar is not a source of a plan that is there" in capsys.readouterr().err
+    done = {path.name: path.stat().st_ino for path in out.glob("*.tar")}
+    assert done
+    assert call(*call_once, "--replaced", name) == 0
+    assert {path.name: path.stat().st_ino for path in out.glob("*.tar")}.items() > done.items()
+    assert call("verify", out, "--deep", "--against", sources) == 0
