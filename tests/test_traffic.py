@@ -95,7 +95,7 @@ def test_parallelism_goes_down_where_the_server_says_so(web: FaultProxy) -> None
     assert drain(raw) == DATA
     counts = raw._object.counts.now()
     assert counts.throttled == refused > 0
-    assert refused < 0.2 * len(DATA) / 20_000
+    assert refused < 0.5 * len(DATA) / 20_000  # where nobody slows down, the reading gives up
 
 
 def test_a_late_answer_is_asked_for_twice(web: FaultProxy) -> None:
