@@ -6,12 +6,17 @@ Kill it, even with kill -9, and start it again, on as many processes as before o
 last checkpoint, and over an epoch every image is trained on exactly once. All that takes is `stream.state_dict()` in
 the checkpoint. Runs without torchrun too, and on GPUs where there are some.
 
+A batch system that takes the machines back says so first, by SIGUSR1 or SIGTERM: then all ranks end after the same
+step, which is in the checkpoint, with exit status 75 (scripts/slurm/train.sbatch starts it again).
+
 The model is a toy: strided convolutions see the image, and for each prompt point a small network makes the weights with
 which the pixels' features become a mask. It shows where the parts of a batch go, not how to segment anything well.
 """
 
 import argparse
 import os
+import signal
+import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -91,6 +96,36 @@ def losses(logits: Tensor, masks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor
     return ((cross + dice) * valid).sum() / count, (iou * valid).sum() / count
 
 
+class Notice:
+    """Whether somebody told a rank to stop; all ranks hear of it after the same step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._flag = torch.zeros(1, device=device)
+        self._here = False
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._given)
+
+    def _given(self, number: int, frame: object) -> None:
+        self._here = True
+
+    def close(self) -> None:
+        """One that comes late, to a rank that has ended by another's, must not look like a failure."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+    def heard(self) -> bool:
+        """Of all ranks, which must ask in step."""
+        if not dist.is_initialized():
+            return self._here
+        self._flag.fill_(self._here)
+        dist.all_reduce(self._flag, dist.ReduceOp.MAX)
+        return bool(self._flag.item())
+
+
+STOPPED = 75
+"""The exit status of a run that was told to stop and goes on when it is started again (EX_TEMPFAIL of sysexits.h)."""
+
+
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -104,13 +139,14 @@ def save(path: Path, checkpoint: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def main() -> None:
+def main() -> int:
     a = arguments()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if "RANK" in os.environ:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group("nccl" if gpu else "gloo", init_method=a.init_method, rank=rank, world_size=size)
+    notice = Notice(device)
     torch.manual_seed(a.seed)
     model: Any = MaskDecoder().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), a.learning_rate)
@@ -161,6 +197,7 @@ def main() -> None:
     names = ["image", "points", "boxes", "valid", "is_padding"]
     names += ["run_ends", "run_offsets", "window", "flip", "original_size"] if a.runs else ["masks"]
     then, waited, since = perf_counter(), 0.0, step
+    stopped = False
     for epoch in range(stream.epoch, a.epochs):
         for batch in stream:
             on = {name: batch[name].to(device, non_blocking=True) for name in names}
@@ -181,15 +218,21 @@ def main() -> None:
                 text = f"{speed:,.1f} images/s, {share:.0%} of the time waiting for data"
                 say(f"epoch {epoch} step {step:,}: loss {loss:.3f}, IoU {iou:.3f}, {text}", flush=True)
                 then, waited, since = perf_counter(), stats.wait, step
+            if stopped := notice.heard():
+                break
             if step % a.save_every == 0:
                 checkpoint_now()
         checkpoint_now()
-    say(f"done after step {step:,}; {stream.stats()}", flush=True)
+        if stopped:
+            break
+    say(f"{'stopped' if stopped else 'done'} after step {step:,}; {stream.stats()}", flush=True)
     if keys:
         keys.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+    notice.close()
+    return STOPPED if stopped else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -214,7 +214,7 @@ def test_nodes_go_down_and_the_time_limit_strikes(run: Run, wanted: dict[str, st
     assert running.tree(run.dest) == wanted
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8").partition("### On a cluster\n")[2].partition("\n### ")[0]
+README = (ROOT / "README.md").read_text(encoding="utf-8").partition("### On a cluster\n")[2].partition("\n**Ray")[0]
 
 
 def test_the_recipe(cluster: Slurm, tars: dict[str, bytes], tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_recipe(cluster: Slurm, tars: dict[str, bytes], tmp_path: Path) -> N
 
     def ended(said: str) -> str:
         """How the job that finalizes ended."""
-        return cluster.wait(said.splitlines()[-1].split()[2].strip(","), *ENDED)["JobState"]
+        return cluster.wait(said.splitlines()[-1].split()[2].strip(",;"), *ENDED)["JobState"]
 
     paths = running.write(tmp_path / "sa1b", tars)
     plan, submit, status, again = commands
