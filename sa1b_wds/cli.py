@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -60,6 +61,14 @@ def _required(value: T | None, option: str) -> T:
     return value
 
 
+def _local(path: Path | None, option: str) -> Path:
+    """A place on this machine, which is all that these commands write to."""
+    place = _required(path, option)
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(place)):  # of a path, one of the two slashes is gone
+        raise UsageError(f"{option} {place}", "not a local path: write it here, and copy it")
+    return place
+
+
 @app.command
 def synth(
     out: str | None = None,
@@ -97,7 +106,7 @@ def synth(
     o = options.load(
         config, options.Synth, out=out, tars=tars, samples=samples, plain=plain, seed=seed, workers=workers
     )
-    folder = _required(o.out, "OUT")
+    folder = _local(o.out, "OUT")
     begun = time.monotonic()
     made = synthesise(folder, tars=o.tars, samples=o.samples, plain=o.plain, seed=o.seed, workers=o.workers)
     size = sum(path.stat().st_size for path in made)
@@ -789,7 +798,7 @@ def restore(
     from .storage import Destination
 
     o = options.load(config, options.Restore, dest=dest, out=out, json_only=json_only)
-    destination, folder = Destination(_required(o.dest, "DEST")), _required(o.out, "--out")
+    destination, folder = Destination(_required(o.dest, "DEST")), _local(o.out, "--out")
     with bytes_display("restoring") as report:
         done = run(destination, folder, json_only=o.json_only, report=report)
     _say(f"{folder}: {done}")
@@ -845,7 +854,7 @@ def export(
     chosen = [name for name in kinds if given[name]] or [name for name in kinds if getattr(o, name)]
     if len(chosen) != 1:
         raise UsageError("export", "what to write", "one of --annotations-only, --parquet, --coco", len(chosen))
-    ds, place = open(_required(o.dest, "DEST"), split=o.split), str(_required(o.out, "--out"))
+    ds, place = open(_required(o.dest, "DEST"), split=o.split), str(_local(o.out, "--out"))
     with bytes_display("exporting") as report:
         done = kinds[chosen[0]](ds, place, report=report, workers=o.workers, check=o.check)
     files = f"{done.files:,} shards, " if chosen == ["annotations_only"] else ""

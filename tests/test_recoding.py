@@ -530,6 +530,9 @@ def test_the_command(made: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert cli.main(["convert", folder, "--out", out, *plan, *wrong]) == 2, wrong
         assert said in capsys.readouterr().err, wrong
     assert cli.main(["convert", folder, "--out", out, "--task", "0", "--max-side", "64", "--quality", "90"]) == 0
+    alone = str(tmp_path / "alone")
+    assert cli.main(["convert", folder, "--out", alone, *plan, "--max-side", "64", "--workers", "1"]) == 0
+    assert running.tree(tmp_path / "alone") == running.tree(tmp_path / "d")
     assert cli.main(["restore", out, "--out", str(tmp_path / "r")]) == 2
     assert cli.main(["restore", out, "--json-only", "--out", str(tmp_path / "r")]) == 0
 

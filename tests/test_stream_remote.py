@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sa1b_wds
-from sa1b_wds import cli
+from sa1b_wds import cli, export
 from sa1b_wds.batch import Batch
 from sa1b_wds.errors import Incomplete, NotFound, ShardDamaged, StorageError, Unreachable
 from sa1b_wds.objects import Bucket
@@ -49,6 +49,19 @@ def proxy(s3: servers.Server, uploaded: None, monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("SA1B_WDS_FIRST_WAIT", "0.01")
         yield proxy
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_export_from_s3(local: Path, proxy: FaultProxy, tmp_path: Path, workers: int) -> None:
+    """Only the annotations' bytes come over the network, some after a connection broke."""
+    export.annotations_only(sa1b_wds.open(local), str(tmp_path / "here"))
+    fault = Fault(cut=700, every=9, times=float("inf"), when=lambda r: r.is_read and r.path.endswith(".tar"))
+    proxy.faults.append(fault)
+    export.annotations_only(sa1b_wds.open(PLACE), str(tmp_path / "there"), workers=workers)
+    for path in (tmp_path / "here").rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "there" / path.relative_to(tmp_path / "here")).read_bytes() == path.read_bytes()
+    assert fault.happened > 2
 
 
 def digest_of(location: str | Path, rank: int = 0, world: int = 1) -> list[str]:
