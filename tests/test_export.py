@@ -205,18 +205,22 @@ def test_photographs_are_not_read(dest: Path, tmp_path: Path, write: Callable[..
 # ---------------------------------------------------------------------------------------------------- many processes
 
 
+WAYS: list[dict[str, Any]] = [{}, {"workers": 2}, {"check": True}]
+
+
 @pytest.mark.parametrize("write", WRITERS)
 def test_workers_and_check_change_no_byte(
     dest: Path, tmp_path: Path, write: Callable[..., export.Exported], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "_ROW_GROUP", 37)
     found = []
-    for n, options in enumerate([{}, {"workers": 2}, {"check": True}]):
+    for n, options in enumerate(WAYS):
         out, seen = tmp_path / str(n), list[tuple[int, int]]()
-        ds = datasets.open(dest, split="train[:30%]+train[45%:90%]")
         gc.collect()  # what failing tests have left open
         with running.undisturbed():
+            ds = datasets.open(dest, split="train[:30%]+train[45%:90%]")
             done = write(ds, str(out), report=lambda *counts, seen=seen: seen.append(counts), **options)
+            del ds  # and its open shards
         assert seen[-1][0] == seen[-1][1]
         assert all(a[0] <= b[0] for a, b in itertools.pairwise(seen))
         found.append((done, files(out) if out.is_dir() else out.read_bytes()))
