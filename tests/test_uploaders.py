@@ -151,7 +151,7 @@ def test_gsutil_writes_a_whole_data_set(
     """The README's own command, with nothing but its endpoint exchanged."""
     inside = environments.python("gsutil")
     if inside is None:
-        servers.missing("GSUTIL", "gsutil, or READERS=gsutil scripts/test")
+        servers.missing("GSUTIL, hence no GCS", "READERS=gsutil scripts/test")
     boto = tmp_path / "boto"
     boto.write_text(
         f"[Credentials]\ngs_json_host = 127.0.0.1\ngs_json_port = {gcs.tls_port}\n"
