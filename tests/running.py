@@ -1,5 +1,6 @@
 """The converter as tests run it, and what it must leave: accounts that balance, samples that are equal, no trace."""
 
+import gc
 import hashlib
 import json
 import re
@@ -229,6 +230,7 @@ def _descriptors() -> list[str]:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """What happens inside leaves no thread and no open file."""
+    gc.collect()  # what earlier tests left to it
     threads, descriptors = set(threading.enumerate()), _descriptors()
     yield
     assert set(threading.enumerate()) <= threads

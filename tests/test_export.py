@@ -1,7 +1,6 @@
 """Exports, each by its real consumer: pycocotools' COCO, pyarrow; shards without images byte by byte."""
 
 import contextlib
-import gc
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 
 import sa1b_wds
-from sa1b_wds import cli, export
+from sa1b_wds import cli, export, tar
 from sa1b_wds.errors import DuplicateKey, FormatError, MissingPackage, ShardDamaged, UsageError
 from sa1b_wds.format import ROW
 from sa1b_wds.manifest import load_manifest
@@ -159,6 +158,10 @@ def rename(data: bytearray, middle: int, size: int) -> None:
     data[middle + 3] ^= 1
 
 
+def another_key(data: bytearray, middle: int, size: int) -> None:
+    data[middle : middle + making.BLOCK] = tar.header("sa_105.safetensors", size)
+
+
 def cut(data: bytearray, middle: int, size: int) -> None:
     del data[middle + making.BLOCK + size // 2 :]
 
@@ -169,6 +172,7 @@ def cut(data: bytearray, middle: int, size: int) -> None:
         (flip_a_run, r"sa_104.*segmentation.counts"),
         (state_another_area, r"areas that are not those of their masks, .* others than the manifest says"),
         (rename, "not the header of a .safetensors member"),
+        (another_key, "another member than the index names: expected sa_104 of"),
         (cut, "sa_104.safetensors: the shard stops inside this member"),
     ],
 )
@@ -216,7 +220,6 @@ def test_workers_and_check_change_no_byte(
     found = []
     for n, options in enumerate(WAYS):
         out, seen = tmp_path / str(n), list[tuple[int, int]]()
-        gc.collect()  # what failing tests have left open
         with running.undisturbed():
             ds = datasets.open(dest, split="train[:30%]+train[45%:90%]")
             done = write(ds, str(out), report=lambda *counts, seen=seen: seen.append(counts), **options)
