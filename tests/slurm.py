@@ -109,11 +109,6 @@ class Slurm:
         until(there, lambda: f"job {number} to be {states}: {found}", seconds)
         return found
 
-    def start_now(self, number: str) -> None:
-        """Of a job that was put back into the queue: do not wait."""
-        self.wait(number, "PENDING")
-        self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
-
     def end_daemon(self, node: str) -> None:
         """kill -9 of a node's slurmd, so that nothing is heard of it any more; what runs on it goes on."""
         os.kill(int((self.folder / f"{node}.pid").read_text()), signal.SIGKILL)

@@ -144,7 +144,7 @@ def test_tasks_are_killed_requeued_cancelled_and_run_twice(run: Run, wanted: dic
 
     os.kill(run.pid(0), signal.SIGKILL)
     cluster.run("scontrol", "requeue", f"{array}_1")
-    cluster.start_now(f"{array}_1")
+    cluster.wait(f"{array}_1", "PENDING")
     second = cluster.sbatch("--array=2", SCRIPTS / "convert.sbatch", *run.words, cwd=run.folder)
     cluster.run("scancel", f"{array}_3")
     assert cluster.wait(f"{array}_0", *ENDED)["JobState"] == "FAILED"

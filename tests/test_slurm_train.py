@@ -52,7 +52,7 @@ def test_training_goes_on_after_preemption_with_nothing_lost_or_repeated(tmp_pat
         job = cluster.sbatch("--nodes=2", "--ntasks-per-node=1", *words, cwd=tmp_path)
         until(lambda: steps(0) >= 15, logs)
         cluster.run("scancel", "--signal=USR1", job)
-        cluster.start_now(job)
+        cluster.wait(job, "PENDING")  # for some seconds: a node refuses what it has not cleaned up behind yet
         first = step()
         assert first >= 15 and f"stopped after step {first}" in logs()
         # The same job again, which is preempted for good: it ends as cleanly, and is not put back.
