@@ -24,10 +24,17 @@ def test_training_goes_on_after_preemption_with_nothing_lost_or_repeated(tmp_pat
     shards = datasets.make(tmp_path / "set", ((700, 6),))
     folder = tmp_path / "slurm"
     folder.mkdir()
+    # The ranks meet in a file, a new one for each start: a port would be open beyond loopback.
+    (tmp_path / "train.py").write_text(
+        "import os, runpy, sys\n"
+        "meet = 'meet-' + os.environ['SLURM_JOB_ID'] + '-' + os.environ.get('SLURM_RESTART_COUNT', '0')\n"
+        f"sys.argv += ['--init-method', 'file://{tmp_path}/' + meet]\n"
+        f"runpy.run_path({str(ROOT / 'scripts/train.py')!r}, run_name='__main__')\n"
+    )
     with slurm.cluster(folder, nodes=3) as cluster:
         for name, value in {
             "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
-            "SA1B_WDS_TRAIN": str(ROOT / "scripts/train.py"),
+            "SA1B_WDS_TRAIN": str(tmp_path / "train.py"),
         }.items():  # fmt: skip
             cluster.environment[name] = value
         words = [ROOT / "scripts/slurm/train.sbatch", shards, "--checkpoint", tmp_path / "run.pt", *OPTIONS]
