@@ -74,15 +74,21 @@ def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*/*.part"))
 
 
-def on_disk(folder: Path) -> int:
-    """Bytes that the file system gave to what is kept."""
-    total = 0
+def _sizes(folder: Path) -> dict[tuple[str, int], int]:
+    """(name, file) → bytes that the file system gave to it, of what is kept."""
+    found = {}
     for path in parts(folder):
         try:
-            total += path.stat().st_blocks * 512
+            status = path.stat()
         except FileNotFoundError:
             continue
-    return total
+        found[str(path), status.st_ino] = status.st_blocks * 512
+    return found
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes that the file system gave to what is kept."""
+    return sum(_sizes(folder).values())
 
 
 def counted(folder: Path) -> int:
@@ -100,8 +106,14 @@ def watched(folder: Path) -> Iterator[list[int]]:
     seen, over = [on_disk(folder)], threading.Event()
 
     def look() -> None:
+        # One look takes a while: it may count a file that goes before it comes to the one that takes its place. What
+        # two looks find alike was there, all of it, at one moment.
+        before = _sizes(folder)
         while not over.is_set():
-            seen.append(on_disk(folder))
+            now = _sizes(folder)
+            if now == before:
+                seen.append(sum(now.values()))
+            before = now
 
     thread = threading.Thread(target=look)
     thread.start()
