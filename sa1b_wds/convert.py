@@ -49,7 +49,6 @@ from .manifest import (
     receipt_name,
 )
 from .memory import Need
-from .pipe import PREFIX
 from .plan import Plan, Recoding, Source, Task, difference, load_plan, make_plan
 from .remote import is_remote
 from .sample import Sample, Table
@@ -62,6 +61,7 @@ from .storage import (
     Scratch,
     expand,
     free_bytes,
+    is_local,
     is_memory,
     local_size,
     name_of,
@@ -174,14 +174,14 @@ def survey(
 
     def size(url: str) -> int:
         name = name_of(url)
-        if name in known and (name in replaced or is_remote(url) or url.startswith(PREFIX)):
+        if name in known and (name in replaced or not is_local(url)):
             return known[name]
         try:
             return size_of(url, limits)
         except NotFound:
-            if name_of(url) not in gone:
+            if name not in gone:
                 raise
-            return gone[name_of(url)]
+            return gone[name]
         except LinkExpired:
             raise
         except StorageError:

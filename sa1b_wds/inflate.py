@@ -10,8 +10,8 @@ are copied into the caller's buffer while they are in the cache. The GIL is free
 
 A file that can be read from its beginning again takes a faster way: isal's own gzip reader inflates straight into the
 caller's buffer, without pieces and copies, and gives up the GIL once where the other does five times (a whole
-conversion on two cores: 15 % less processor time). It knows of damage, but not where the gzip member began; so what it
-stumbles over is read again by the other, whose words the error has.
+conversion on two cores: 10 to 15 % less processor time). It knows of damage, but not where the gzip member began; so
+what it stumbles over is read again by the other, whose words the error has.
 
 To salvage, the input is fed in small pieces (at half the speed), so an error costs little of what stands before it; the
 stream then goes on at the next place that reads like a gzip member (header, then deflate data without an error as far
