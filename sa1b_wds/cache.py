@@ -52,7 +52,7 @@ import numpy.typing as npt
 
 from .errors import UsageError
 from .extents import I64, KEY, PAGE, Mask, Stretch, pages, runs, stretch_at, stretches, victims
-from .storage import translated
+from .files import translated
 
 Records = npt.NDArray[np.void]
 

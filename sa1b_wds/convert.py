@@ -4,7 +4,7 @@
     receipts → manifest                                                             (`publication.finalize`)
 
 A task runs as a pipeline of threads with bounded queues between them: one reads and inflates each source, one pairs,
-packs and deals, two hash and write. All of their heavy work drops the GIL. Whatever runs ahead is
+packs and deals, four hash and write. All of their heavy work drops the GIL. Whatever runs ahead is
 put back in order, so the bytes written never depend on timing.
 """
 
@@ -35,6 +35,7 @@ from .errors import (
     TooManyQuarantined,
     UsageError,
 )
+from .files import Scratch, free_bytes, is_memory
 from .lanes import Lanes
 from .limits import Limits
 from .manifest import (
@@ -58,11 +59,8 @@ from .storage import (
     Attempt,
     Destination,
     Raw,
-    Scratch,
     expand,
-    free_bytes,
     is_local,
-    is_memory,
     local_size,
     name_of,
     open_raw,
@@ -72,7 +70,8 @@ from .traffic import COUNTS, Traffic
 
 MIB = 1 << 20
 _READ_AHEAD = 64 * MIB  # of all sources of a task: in memory beside what waits for its partner
-_WRITERS = 2  # threads of a task that hash and write
+_WRITERS = 4  # threads of a task that hash and write: two busy, two waiting for the disk
+_LANE = 4  # samples that wait for each of them
 _ASKERS = 16  # servers asked for sizes at once: a thousand in a row would take minutes
 
 
@@ -349,8 +348,10 @@ def run_task(job: Job, index: int, report: Callable[[Progress], None] = lambda p
         stack.callback(dealt.close)
         for reader in readers:  # before that: who is stopped must not wait for a server that hangs
             stack.callback(reader.interrupt)
-        # In random order most pairs meet late: then hashing and writing are all there is to do, so two threads do it.
-        with Lanes[Sample](lambda number, sample: shards[number].add(sample), _WRITERS, name="write") as writers:
+        # In random order most pairs meet late: then hashing and writing are all there is to do.
+        with Lanes[Sample](
+            lambda number, sample: shards[number].add(sample), _WRITERS, name="write", depth=_LANE
+        ) as writers:
             for number, sample in dealt:
                 writers.put(number, sample)
                 written += 1

@@ -18,8 +18,9 @@ from .comparison import compare
 from .contents import check_files
 from .convert import Job
 from .errors import StorageError
+from .files import translating
 from .manifest import FileFact, Receipt, ShardFact, SourceFact, receipt_name
-from .storage import local_path, local_size, translating
+from .storage import local_path, local_size
 
 
 @dataclass(kw_only=True)

@@ -67,7 +67,7 @@ from .reader import ReadCost, SideFiles
 from .storage import Attempt, Destination
 
 if TYPE_CHECKING:
-    from .storage import FileWriter
+    from .files import FileWriter
 
 Report = Callable[[int, int], None]
 """Gets bytes of shards done with, and about how many it will be in all."""

@@ -15,6 +15,7 @@ import numpy as np
 from . import sidecars
 from .convert import check_receipt, label_of, missing_tasks, ranges, read_plan, scratch_folder
 from .errors import DuplicateKey, Incomplete, StorageError
+from .files import Scratch
 from .format import FORMAT, KEY_ROW, ROW
 from .manifest import (
     KEYS_NAME,
@@ -33,7 +34,7 @@ from .manifest import (
 from .plan import Plan
 from .runs import Runs
 from .shard import file_fact
-from .storage import Destination, Scratch
+from .storage import Destination
 
 T = TypeVar("T")
 R = TypeVar("R")

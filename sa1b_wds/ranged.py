@@ -4,10 +4,11 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
+from .files import translated, translating
 from .limits import Limits
 from .pipe import PREFIX, Pipe
 from .remote import RemoteFile, is_remote
-from .storage import local_path, translated, translating
+from .storage import local_path
 from .traffic import Traffic
 
 IOV_MAX = 1024

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from .files import Scratch
 from .format import KEY_ROW
-from .storage import Scratch
 
 Rows = npt.NDArray[np.void]
 """Of KEY_ROW."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .buffers import Buffer, Pool
-from .storage import Scratch
+from .files import Scratch
 
 
 class Held:

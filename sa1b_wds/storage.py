@@ -7,22 +7,21 @@ that works on the same task, because nobody holds its lock.
 """
 
 import contextlib
-import ctypes
-import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 import braceexpand
 
-from .errors import Denied, NoSpace, NotFound, StorageError, UsageError, masked
+from .errors import NotFound, StorageError, UsageError, masked
+from .files import FileWriter, translated, translating
 from .limits import Limits
 from .pipe import PREFIX, Pipe
 from .remote import RemoteRaw, is_remote, listed
@@ -49,29 +48,6 @@ class Raw(Protocol):
         """Called from another thread: `readinto` waits for nobody any more, neither a server nor a command."""
 
     def close(self) -> None: ...
-
-
-def translated(error: OSError, where: str) -> StorageError:
-    """The error of this project that says what an OSError means."""
-    match error.errno:
-        case errno.ENOENT:
-            return NotFound(where, "no such file or folder")
-        case errno.ENOTDIR:
-            return NotFound(where, "a part of this path is a file, not a folder")
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            return Denied(where, f"{os.strerror(error.errno).lower()}: check the owner and the mode of the folder")
-        case errno.ENOSPC | errno.EDQUOT:
-            return NoSpace(where, "no space left: free some and run the same command again")
-    return StorageError(where, os.strerror(error.errno).lower() if error.errno else str(error))
-
-
-@contextlib.contextmanager
-def translating(where: str) -> Iterator[None]:
-    """Everything below raises this project's errors instead of OSError."""
-    try:
-        yield
-    except OSError as error:
-        raise translated(error, where) from error
 
 
 def local_path(url: str) -> Path:
@@ -222,23 +198,6 @@ class _LocalRaw:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes that may still be written below `folder`."""
-    with translating(str(folder)):
-        return shutil.disk_usage(folder).free
-
-
-def is_memory(folder: Path) -> bool:
-    """Whether a folder lies on tmpfs, where spilled bytes would be memory again."""
-    try:
-        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    except OSError:
-        return False
-    path = str(folder.resolve()) + "/"
-    at = [(m, kind) for m, kind in mounts if path.startswith(m.rstrip("/") + "/")]
-    return bool(at) and max(at, key=lambda x: len(x[0]))[1] in ("tmpfs", "ramfs")
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -548,118 +507,3 @@ class Attempt:
         with contextlib.suppress(OSError):  # no error here may hide the one that led here; the next run removes it
             self._folder.with_suffix(".lock").unlink(missing_ok=True)
         os.close(self._lock)
-
-
-def _write_out() -> Callable[[int, int, int], None]:
-    """(descriptor, offset, bytes): begin to write dirty pages to the disk, and do not wait for it."""
-    try:
-        call = ctypes.CDLL(None).sync_file_range
-    except (OSError, AttributeError):  # Linux alone has it
-        return lambda descriptor, offset, length: None
-    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return lambda descriptor, offset, length: call(descriptor, offset, length, 2)  # SYNC_FILE_RANGE_WRITE
-
-
-_begin_writing_out = _write_out()
-_DIRTY = 4 << 20
-
-
-class FileWriter:
-    """A file being written. The disk works along: else all that is dirty would be waited for at the end."""
-
-    def __init__(self, path: Path, where: str) -> None:
-        self._path, self.where = path, where
-        self._written = self._begun = 0
-        with translating(where):
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-
-    def write(self, pieces: Sequence["Buffer"]) -> None:
-        """Append the pieces, all of their bytes."""
-        try:
-            written = os.writev(self._descriptor, pieces)
-            total = sum(memoryview(p).nbytes for p in pieces)
-            if written != total:  # a signal, or a disk that is nearly full
-                rest = memoryview(b"".join(pieces))[written:]
-                while rest:
-                    rest = rest[os.write(self._descriptor, rest) :]
-        except OSError as error:
-            raise translated(error, self.where) from error
-        self._written += total
-        if self._written - self._begun >= _DIRTY:
-            _begin_writing_out(self._descriptor, self._begun, self._written - self._begun)
-            self._begun = self._written
-
-    def finish(self) -> None:
-        """Everything written is on the disk when this returns."""
-        with translating(self.where):
-            os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
-class Scratch:
-    """An unlinked file on the node's own disk, in slots that are used again: it vanishes with its process."""
-
-    _GRAIN = 1 << 16
-
-    def __init__(self, folder: Path) -> None:
-        self._where, self._folder = str(folder), folder
-        self._descriptor = -1
-        self._end = 0
-        self._free: dict[int, list[int]] = {}
-        self.bytes_written = 0
-
-    def write(self, data: "Buffer") -> tuple[int, int]:
-        """Put bytes away; the (place, length) that `read` takes."""
-        view = memoryview(data).cast("B")
-        if self._descriptor < 0:
-            self._open()
-        grains = self._grains(len(view))
-        slots = self._free.get(grains)
-        place = slots.pop() if slots else self._end
-        if place == self._end:
-            self._end += grains * self._GRAIN
-        done = 0
-        with translating(f"scratch {self._where}"):
-            while done < len(view):
-                done += os.pwrite(self._descriptor, view[done:], place + done)
-        self.bytes_written += len(view)
-        return place, len(view)
-
-    def read(self, slot: tuple[int, int], into: memoryview) -> None:
-        """Get them again; `into` must have their length. May be called from another thread than `write`."""
-        place, length = slot
-        done = 0
-        with translating(f"scratch {self._where}"):
-            while done < length:
-                got = os.preadv(self._descriptor, [into[done:length]], place + done)
-                if not got:
-                    raise StorageError(f"scratch {self._where}", "bytes are missing", length, done)
-                done += got
-
-    def give_back(self, slot: tuple[int, int]) -> None:
-        place, length = slot
-        self._free.setdefault(self._grains(length), []).append(place)
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _grains(self, length: int) -> int:
-        # Size classes an eighth apart, so that a slot fits the next sample of about that size too.
-        grains = max(1, -(-length // self._GRAIN))
-        step = max(1, 1 << max(0, grains.bit_length() - 4))
-        return -(-grains // step) * step
-
-    def _open(self) -> None:
-        with translating(f"scratch {self._where}"):
-            with contextlib.suppress(OSError, AttributeError):  # not every file system has files without a name
-                self._descriptor = os.open(self._folder, os.O_RDWR | os.O_TMPFILE, 0o600)
-                return
-            path = self._folder / f".sa1b-wds-{secrets.token_hex(8)}"
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            path.unlink()

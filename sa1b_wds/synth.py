@@ -41,8 +41,8 @@ from isal import isal_zlib
 
 from . import rle
 from .errors import UsageError
+from .files import translating
 from .jit import inline, jit
-from .storage import translating
 
 __all__ = ["Photo", "crop_boxes", "document", "jpeg", "photo", "synthesise"]
 

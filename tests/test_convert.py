@@ -28,10 +28,11 @@ from sa1b_wds import tar
 from sa1b_wds.buffers import Pool
 from sa1b_wds.convert import missing_tasks, ranges, run_task, survey, write_plan
 from sa1b_wds.errors import FormatError, Incomplete, NotFound, UsageError
+from sa1b_wds.files import Scratch
 from sa1b_wds.plan import Plan, Source, load_plan, make_plan
 from sa1b_wds.publication import finalize
 from sa1b_wds.shard import deal
-from sa1b_wds.storage import Destination, Scratch
+from sa1b_wds.storage import Destination
 
 from . import making, running
 from .conftest import SHARED

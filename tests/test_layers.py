@@ -23,8 +23,8 @@ PACKAGE = Path(sa1b_wds.__file__).parent
 # What is imported for types alone may also stand behind it in the same level: a stream names the data set it is of.
 LEVELS = {
     0: "errors exclusion format geometry jit memory permutation",
-    1: "limits traffic transfer web clouds signing remote links uploads process pipe objects storage extents cache "
-    "ranged ahead lanes buffers inflate tar codes raster rle plan order selection augment world differences",
+    1: "files limits traffic transfer web clouds signing remote links uploads process pipe objects storage extents "
+    "cache ranged ahead lanes buffers inflate tar codes raster rle plan order selection augment world differences",
     2: "annotations images recoding manifest state choice keys layout sidecars batch",
     3: "heartbeat sample runs source shard reader members schedule decode assembly stats examples table figure",
     4: "convert publication restore pipeline stream dataset facts accounts contents comparison deletion "

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 import sa1b_wds
 from sa1b_wds.errors import DuplicateKey
+from sa1b_wds.files import Scratch
 from sa1b_wds.format import KEY_ROW, ROW
 from sa1b_wds.manifest import side_names
 from sa1b_wds.publication import finalize
 from sa1b_wds.runs import Runs
-from sa1b_wds.storage import Destination, Scratch
+from sa1b_wds.storage import Destination
 
 from . import fabricated
 
