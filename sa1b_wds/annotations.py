@@ -20,6 +20,7 @@ proves it without rebuilding anything, since it accepts only text that json.dump
 The walk also decodes every RLE: its runs must be non-negative and add up to height · width.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -544,7 +545,6 @@ class Packer:
         return True
 
 
-@lru_cache(4096)
 def _header(n: int, p: int, counts: int, sizes: bool, form_width: int, source: int, smaller: bool) -> bytes:
     """The safetensors header, with its length in front, padded with blanks to 8 bytes as the library pads it."""
     shapes: dict[str, tuple[str, list[int]]] = dict.fromkeys(_I64[:2], ("I64", [n]))
@@ -561,7 +561,7 @@ def _header(n: int, p: int, counts: int, sizes: bool, form_width: int, source: i
         shapes[_U8[2]] = ("U8", [source])
     entries, at = {"__metadata__": {"format": FORMAT}}, 0
     for name, (dtype, shape) in shapes.items():
-        length = _WIDTH[dtype] * int(np.prod(shape, dtype=np.int64))
+        length = _WIDTH[dtype] * math.prod(shape)
         entries[name] = cast(Any, {"dtype": dtype, "shape": shape, "data_offsets": [at, at + length]})
         at += length
     text = orjson.dumps(entries)

@@ -91,8 +91,14 @@ def _classify(entry: tar.Entry, excluded: Container[int]) -> tuple[_Kind, str]:
 
 
 def _room(pool: Pool, size: int) -> Buffer:
-    """Memory for a member as it stands in a shard: a block for its header in front, padding behind."""
-    return pool.take(tar.BLOCK + size + tar.padding(size))
+    """Memory for a member as it stands in a shard: a block for its header in front, padding behind.
+
+    Behind its view there is room for one block more, for the tar's reader.
+    """
+    length = tar.BLOCK + size + tar.padding(size)
+    buffer = pool.take(length + tar.BLOCK)
+    buffer.length = length
+    return buffer
 
 
 def _text(name: str) -> str:
@@ -115,7 +121,7 @@ def _members(
         if kind in ("ignored", "excluded") or entry.kind != "file" or entry.size > MEMBER_LIMIT:
             return None
         pending.buffer = _room(pool, entry.size)
-        return pending.buffer.view[tar.BLOCK : tar.BLOCK + entry.size]
+        return pending.buffer.memory[tar.BLOCK :]
 
     try:
         stream = open_bytes(raw, where, on_damage=on_damage)

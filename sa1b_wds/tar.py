@@ -133,9 +133,11 @@ class _Member(NamedTuple):
 class Reader:
     """The members of a tar, in order.
 
-    `allocate` is asked for each member of kind `file` and gives a writable view of exactly `entry.size` bytes, which
-    the data is read into, or None to pass over it (it must refuse sizes it has no room for). When salvaging, a view
-    may be asked for and its member never yielded: with the next call of `allocate` the earlier view is free again.
+    `allocate` is asked for each member of kind `file` and gives a writable view of at least `entry.size` bytes, which
+    the data is read into, or None to pass over it (it must refuse sizes it has no room for). With room for the padding
+    and another block behind the data all of it is read in one call; what then stands there means nothing. When
+    salvaging, a view may be asked for and its member never yielded: with the next call of `allocate` the earlier view
+    is free again.
 
     Iterating raises SourceDamaged, unless salvaging, with the byte of the tar.
     """
@@ -299,12 +301,19 @@ class Reader:
             return self._entry(member, self._bare(size, shown)), None
         entry = self._entry(member, size)
         data = self._allocate(entry) if member.kind == "file" else None
-        if data is not None:
-            self._fill(data, shown)
-        elif size:
-            self._skip(size, shown)
         pad = padding(size)
-        got = self._stream.readinto(self._small[: pad + BLOCK])
+        if data is not None and self._back is None and len(data) >= size + pad + BLOCK:
+            got = self._stream.readinto(data[: size + pad + BLOCK]) - size
+            if got < 0:
+                raise self._cut(shown, size, size + got)
+            self._small[:got] = data[size : size + got]
+        else:
+            if data is not None:
+                self._fill(data[:size], shown)
+            elif size:
+                self._skip(size, shown)
+            got = self._stream.readinto(self._small[: pad + BLOCK])
+        data = None if data is None else data[:size]
         self._ahead = bytes(self._small[min(pad, got) : got])
         if got < pad:
             damage = self._cut(f"the padding of {shown}", pad, got)
