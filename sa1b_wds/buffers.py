@@ -1,7 +1,7 @@
 """Memory for whole members, used again: fresh memory a megabyte long costs more in page faults than inflating it.
 
-Buffers are carved from mappings of 16 MiB. The kernel makes the pages of each in one go, when it is first taken, by a
-call that gives up the GIL: `MAP_POPULATE` in `mmap.mmap` keeps it, and with it all other threads, for 5 to 15 ms a
+Buffers are carved from mappings of 16 MiB. The kernel makes the pages of a buffer in one go when it is carved, by a
+call that gives up the GIL: `MAP_POPULATE` in `mmap.mmap` keeps it, and holds up all other threads for 5 to 15 ms a
 mapping. (Huge pages were tried: clearing them cost more than the faults they spared.)
 """
 

@@ -4,8 +4,8 @@
     receipts → manifest                                                             (`publication.finalize`)
 
 A task runs as a pipeline of threads with bounded queues between them: one reads and inflates each source, one pairs,
-packs and deals, four hash and write. All of their heavy work drops the GIL. Whatever runs ahead is
-put back in order, so the bytes written never depend on timing.
+packs and deals, four hash and write. All of their heavy work drops the GIL. Whatever runs ahead is put back in order,
+so the bytes written never depend on timing.
 """
 
 import contextlib

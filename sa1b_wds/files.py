@@ -116,7 +116,7 @@ class FileWriter:
     """
 
     def __init__(self, path: Path, where: str) -> None:
-        self._path, self.where = path, where
+        self.where = where
         self._written = self._begun = 0
         self._rest, self._waiting = memoryview(b""), 0
         with translating(where):
